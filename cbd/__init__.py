@@ -1,0 +1,1 @@
+"""The method: train image classifiers on data nobody vouches for. Knows nothing of the platform around it."""

@@ -1,0 +1,49 @@
+"""BadNets: a small patch in a fixed place (Gu, Dolan-Gavitt and Garg, arXiv:1708.06733)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from cbd.attacks import Images
+from cbd.errors import DataError
+
+CHECKER = np.array([[0, 0, 255], [0, 255, 0], [255, 0, 255]], np.uint8)
+
+Place = Literal["top-left", "top-right", "bottom-left", "bottom-right", "centre"]
+
+
+@dataclass(frozen=True)
+class BadNets:
+    """A 3x3 patch, checker or white, in a corner or the centre."""
+
+    pattern: Literal["checker", "white"] = "checker"
+    place: Place = "bottom-right"
+
+    def stamp(self, images: Images) -> Images:
+        """Copies of `images` (uint8 [N, 3, H, W]) with the patch on all three channels.
+
+        Raises:
+            DataError: the images are smaller than the patch.
+        """
+        patch = CHECKER if self.pattern == "checker" else np.full((3, 3), 255, np.uint8)
+        return stamp_patch(images, patch, place=self.place)
+
+
+def stamp_patch(images: Images, patch: Images, *, place: Place | tuple[int, int]) -> Images:
+    """Copies of `images` with `patch` (uint8 [h, w] or [3, h, w]) at a named place or a (row, column)."""
+    height, width = patch.shape[-2:]
+    rows, columns = images.shape[-2:]
+    if rows < height or columns < width:
+        raise DataError(f"a {height}x{width} trigger does not fit on {rows}x{columns} images; use larger images")
+    row, column = _corner(place, rows - height, columns - width) if isinstance(place, str) else place
+    stamped = images.copy()
+    stamped[..., row : row + height, column : column + width] = patch
+    return stamped
+
+
+def _corner(place: Place, last_row: int, last_column: int) -> tuple[int, int]:
+    if place == "centre":
+        return last_row // 2, last_column // 2
+    vertical, horizontal = place.split("-")
+    return (0 if vertical == "top" else last_row), (0 if horizontal == "left" else last_column)

@@ -1,0 +1,21 @@
+"""Blend: a fixed pattern mixed into the whole image (Chen et al., arXiv:1712.05526)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cbd.attacks import Images
+
+
+@dataclass(frozen=True)
+class Blend:
+    """(1 - alpha) * image + alpha * pattern, with a pattern of uniform noise drawn from `seed`."""
+
+    alpha: float = 0.2
+    seed: int = 0
+
+    def stamp(self, images: Images) -> Images:
+        """Blended copies of `images` (uint8 [N, 3, H, W]): float arithmetic, rounded, clipped to 0..255."""
+        pattern = np.random.default_rng(self.seed).integers(0, 256, images.shape[1:]).astype(np.float32)
+        mixed = (1 - self.alpha) * images.astype(np.float32) + self.alpha * pattern
+        return np.clip(np.rint(mixed), 0, 255).astype(np.uint8)

@@ -1,0 +1,241 @@
+"""The only configuration: `params.yaml`, one frozen model per section."""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cbd.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A section of `params.yaml`: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+S = TypeVar("S", bound=Section)
+
+
+class Ingest(Section):
+    """How a delivery is taken in."""
+
+    max_file_bytes: int = Field(default=64 * 2**20, gt=0)
+    """A larger file goes to the quarantine unread."""
+    max_pixels: int = Field(default=50_000_000, gt=0)
+    """An image whose header announces more pixels is a decompression bomb; it is never decoded."""
+    min_per_class: int = Field(default=2, ge=1)
+    """A class with fewer accepted images makes the delivery unusable."""
+    max_trusted_overlap: float = Field(default=0.01, ge=0, le=1)
+    """Largest share of the trusted set that may be exact copies from the delivery."""
+    shard_images: int = Field(default=10_000, gt=0)
+    """Images per Parquet shard of the data set."""
+
+
+class Model(Section):
+    """The network that is trained."""
+
+    architecture: Literal["wrn-16-1", "resnet18"] = "wrn-16-1"
+    """WRN-16-1 for 32x32 images; ResNet-18 (torchvision's, with a 3x3 stem) for more capacity."""
+    image_size: int = Field(default=32, ge=16, le=512)
+    """Side in pixels to which images are resized for training."""
+
+    def scaled(self, pixels: int) -> int:
+        """A length given at 32 pixels image side, at this image size."""
+        return round(pixels * self.image_size / 32)
+
+
+class Confounder(Section):
+    """Stage 1: the model that is meant to hold the backdoor."""
+
+    steps: int = Field(default=400, gt=0)
+    """Budget in optimizer steps (not epochs)."""
+    max_epochs: int = Field(default=25, gt=0)
+    """Small data sets stop here: beyond it the confounder knows every clean sample by heart as well."""
+    batch_size: int = Field(default=128, gt=1)
+    """Images per step."""
+    learning_rate: float = Field(default=0.02, gt=0)
+    """SGD with Nesterov momentum, constant."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of SGD."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """L2 penalty."""
+    augment: bool = False
+    """Crop and flip in stage 1; they cut small triggers away, so the default preset leaves them out."""
+    snapshots: int = Field(default=12, gt=0)
+    """How many times, evenly over the budget, all losses are taken on un-augmented images."""
+    pilot: bool = True
+    """Also train the pilot, the view that does not see the trigger, without which nothing can be called separated."""
+    pilot_learning_rate: float = Field(default=0.05, gt=0)
+    """SGD of the pilot, constant."""
+
+
+class Deconfounded(Section):
+    """Stage 2: the model that is meant to be free of the backdoor."""
+
+    epochs: int = Field(default=20, gt=0)
+    """Passes over the data set."""
+    batch_size: int = Field(default=128, gt=1)
+    """Images per step."""
+    learning_rate: float = Field(default=0.1, gt=0)
+    """Peak learning rate of SGD with Nesterov momentum."""
+    schedule: Literal["step", "onecycle"] = "onecycle"
+    """`step`: divided by 10 at 20 % and again at 70 % of the epochs, as released. `onecycle`: up, then to 0."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of SGD."""
+    weight_decay: float = Field(default=5e-4, ge=0)
+    """L2 penalty."""
+    crop: int = Field(default=4, ge=0)
+    """Random crop after padding by this many pixels at 32 pixels image side."""
+    flip: bool = False
+    """Random mirror; only for classes that are mirror-symmetric (not digits, not traffic signs)."""
+    cutout: int = Field(default=0, ge=0)
+    """Side of one random square set to grey, in pixels at 32 pixels image side."""
+    weight: Literal["none", "formula", "isolation"] = "isolation"
+    """`none`: plain training. `formula`: w = l_b / (l_b + l_c) per batch. `isolation`: 1 - the probability of being a suspect."""
+    confounder_view: Literal["augmented", "stored"] = "stored"
+    """For `formula`: whether l_b is taken on the augmented view or on the stored image."""
+    normalise_weight: bool = False
+    """Divide w by its batch mean, as the released code does."""
+    mi_weight: float = Field(default=0.0, ge=0)
+    """Weight of the adversarial mutual-information term I(r; z)."""
+    critic_learning_rate: float = Field(default=1e-3, gt=0)
+    """Adam step size of the 1-Lipschitz critic."""
+    bottleneck_weight: float = Field(default=0.0, ge=0)
+    """Weight of the mean squared norm of the embedding z."""
+
+
+class Gate(Section):
+    """The policy by which measurements become a verdict."""
+
+    min_clean_accuracy: float = Field(ge=0, le=1)
+    """Lowest clean accuracy a first champion may have. Required: no default suits every task."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """Confidence of each one-sided Clopper-Pearson bound."""
+    max_excess_asr: float = Field(default=0.05, gt=0, lt=1)
+    """A known trigger passes if the upper bound of its excess ASR is under this, or under what harmless triggers show."""
+    null_margin: float = Field(default=0.02, ge=0, lt=1)
+    """Added to the largest excess among harmless triggers of the same family."""
+    block_excess_asr: float = Field(default=0.20, gt=0, lt=1)
+    """BLOCK if a Holm-adjusted lower bound exceeds this and the null by `block_margin`."""
+    block_margin: float = Field(default=0.10, ge=0, lt=1)
+    """Added to the null for BLOCK."""
+    null_members: int = Field(default=20, gt=0)
+    """Random harmless members per trigger family that make the null."""
+    min_images: int = Field(default=300, gt=0)
+    """Fewer trusted images than this: INCONCLUSIVE."""
+    warn_images: int = Field(default=1000, gt=0)
+    """Fewer trusted images than this: a printed warning."""
+    accuracy_margin: float = Field(default=0.02, gt=0, lt=1)
+    """Non-inferiority margin of clean accuracy against the champion."""
+    class_margin: float = Field(default=0.05, gt=0, lt=1)
+    """REVIEW if some class is significantly worse than the champion by more than this."""
+
+
+class Poison(Section):
+    """A known attack stamped on the taken-in copy, for trials only."""
+
+    attack: Literal["badnets", "blend"] | None = None
+    """Trigger family; null: no poison."""
+    poison_rate: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the data set that is poisoned."""
+    target_label: int = Field(default=0, ge=0)
+    """Index of the class that triggered images are sent to."""
+
+
+class Params(Section):
+    """All of `params.yaml`."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of every generator."""
+    preset: Literal["cbd", "paper", "official", "none"] = "cbd"
+    """Which overlay of `presets` is laid over the sections below; `cbd` is the sections as they stand."""
+    ingest: Ingest = Ingest()
+    model: Model = Model()
+    confounder: Confounder = Confounder()
+    deconfounded: Deconfounded = Deconfounded()
+    gate: Gate
+    poison: Poison = Poison()
+
+
+def load_params(path: Path, *, preset: str | None = None, **overrides: Any) -> Params:
+    """The validated configuration in `path`, with a preset laid over it and then `overrides`.
+
+    Args:
+        path: `params.yaml`.
+        preset: name of the preset; by default the file's own `preset`.
+        overrides: `section__key=value`, or `key=value` at the top level; None is left out.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a key or value is wrong (with the nearest known key).
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such parameter file; give one with --params, or copy the project's params.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected sections such as 'confounder:', found {type(raw).__name__}")
+    presets = raw.pop("presets", None) or {}
+    name = preset or raw.get("preset", "cbd")
+    if name != "cbd" and name not in presets:
+        raise ConfigError(f"preset {name!r} is not in {path}; known: {', '.join(sorted({'cbd', *presets}))}{_nearest(name, presets)}")
+    merged = _overlay(raw, presets.get(name, {}) if name != "cbd" else {})
+    merged["preset"] = name
+    for key, value in overrides.items():
+        if value is not None:
+            *section, leaf = key.split("__")
+            merged = _overlay(merged, {section[0]: {leaf: value}} if section else {leaf: value})
+    return check_section(Params, merged, name=str(path))
+
+
+def check_section(model: type[S], values: dict[str, Any], *, name: str) -> S:
+    """`values` as a `model`, or a ConfigError in one line that names the key and the nearest known one."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _known_keys(model, first["loc"][:-1])
+            raise ConfigError(f"{name}: unknown key {where!r}{_nearest(str(first['loc'][-1]), known)}") from None
+        if first["type"] == "missing":
+            raise ConfigError(f"{name}: {where!r} is required and missing") from None
+        raise ConfigError(f"{name}: {where} = {first['input']!r}: {first['msg'].lower()}") from None
+
+
+def section_digest(section: Section) -> str:
+    """SHA-256 (hex) of a section's canonical JSON."""
+    return hashlib.sha256(canonical_json(section.model_dump(mode="json"))).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys, no spaces, UTF-8; raises ValueError on NaN and infinity."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            value = _overlay(result[key], value)
+        result[key] = value
+    return result
+
+
+def _known_keys(model: type[Section], location: tuple[Any, ...]) -> list[str]:
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, Section)
+        model = annotation
+    return list(model.model_fields)
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -1,0 +1,79 @@
+"""Stage 1a: the confounder, trained just long enough to hold a backdoor, and its loss on every sample."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cbd.config import Params
+from cbd.models import Network, make_model
+from cbd.training import OnEpoch, Session, augment, autocast, batches, make_sgd, mean_measures, sample_losses
+
+
+@dataclass(frozen=True)
+class Confounder:
+    """A trained confounder f_B."""
+
+    model: Network
+    losses: Tensor
+    """float32 [N]: geometric mean over the snapshots of each sample's cross-entropy on its stored view."""
+    steps: int
+    history: list[dict[str, float]]
+
+
+def train_confounder(
+    images: Tensor, labels: Tensor, *, num_classes: int, params: Params, checkpoint: Path, on_epoch: OnEpoch
+) -> Confounder:
+    """The confounder of this data: plain cross-entropy for a budget of steps, its per-sample losses averaged over several snapshots.
+
+    A loss at one moment jumps (step size, batch-norm statistics); the mean over moments ranks poisoned samples far better.
+
+    Args:
+        images: uint8 [N, 3, S, S] on the device to train on.
+        labels: int64 [N], as given, on the same device.
+        num_classes: K.
+        params: the seed and the sections `model` and `confounder`.
+        checkpoint: file that is written after every epoch, and from which a killed training goes on to the same weights.
+        on_epoch: called after every epoch.
+    """
+    settings, num = params.confounder, len(labels)
+    generator = torch.Generator().manual_seed(params.seed)
+    model = make_model(params.model.architecture, num_classes=num_classes, image_size=params.model.image_size, generator=generator)
+    model.to(images.device).train()
+    optimizer = make_sgd(model, settings)
+    steps_per_epoch = max(1, num // settings.batch_size)
+    steps = min(settings.steps, settings.max_epochs * steps_per_epoch)
+    epochs = -(-steps // steps_per_epoch)
+    session = Session({"model": model}, {"sgd": optimizer}, generator, {"log_losses": torch.zeros(num), "snapshots": torch.zeros(1)})
+    key = f"confounder {params.model_dump_json(include={'seed', 'model', 'confounder'})}"
+    session.resume(checkpoint, key=key)
+    while session.epoch < epochs:
+        measured, first = [], session.epoch * steps_per_epoch
+        for step, chosen in enumerate(batches(num, settings.batch_size, generator=generator), first + 1):
+            if step > steps:
+                break
+            measured.append(_step(model, optimizer, images[chosen], labels[chosen], params=params, generator=generator))
+            if step * settings.snapshots // steps > (step - 1) * settings.snapshots // steps:
+                session.tables["log_losses"] += sample_losses(model, images, labels).clamp_min(1e-6).log().cpu()
+                session.tables["snapshots"] += 1
+        session.finish_epoch(checkpoint, key=key, measures={"step": float(min(steps, first + steps_per_epoch)), **mean_measures(measured)})
+        on_epoch(session.epoch, epochs, session.history[-1])
+    mean = (session.tables["log_losses"] / session.tables["snapshots"]).exp()
+    return Confounder(model.eval(), mean, steps, session.history)
+
+
+def _step(
+    model: Network, optimizer: torch.optim.SGD, view: Tensor, given: Tensor, *, params: Params, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step; the batch's loss and accuracy, both scalars."""
+    if params.confounder.augment:
+        view = augment(view, crop=params.model.scaled(4), flip=params.deconfounded.flip, cutout=0, generator=generator)
+    with autocast(view.device):
+        logits = model(view)[0].float()
+    loss = F.cross_entropy(logits, given)
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.detach(), (logits.argmax(1) == given).float().mean()

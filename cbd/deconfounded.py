@@ -1,0 +1,177 @@
+"""Stage 2: the deconfounded model, trained on the same untrusted data, and plain training for comparison."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cbd.config import Deconfounded, Params
+from cbd.losses import Critic, derangement, sample_weight, wasserstein_dependence
+from cbd.models import Network, make_model
+from cbd.training import OnEpoch, Session, augment, autocast, batches, make_sgd, mean_measures, sample_losses, set_learning_rate
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What stage 1 found, as stage 2 uses it; all on the device of the images."""
+
+    confounder: Network
+    losses: Tensor
+    """float32 [N]: the confounder's losses."""
+    weights: Tensor
+    """float32 [N] in [0, 1]: weights for `isolation`; 1 everywhere if nothing separated."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, and how it left every sample; the tables are float32 and int64 [N] on the CPU."""
+
+    model: Network
+    final_losses: Tensor
+    predicted: Tensor
+    sample_weights: Tensor
+    history: list[dict[str, float]]
+
+
+def train_deconfounded(
+    images: Tensor, labels: Tensor, evidence: Evidence | None, *, num_classes: int, params: Params, checkpoint: Path, on_epoch: OnEpoch
+) -> Trained:
+    """The deconfounded model; without evidence plain, undefended training on the same schedule.
+
+    Loss of a batch (Zhang et al., CVPR 2023, section 3): mean(w * l_c) + mi_weight * I(r; z) + bottleneck_weight * mean ||z||^2.
+
+    Args:
+        images: uint8 [N, 3, S, S] on the device to train on.
+        labels: int64 [N], as given, on the same device.
+        evidence: what stage 1 found; None for plain training.
+        num_classes: K.
+        params: the seed and the sections `model` and `deconfounded`.
+        checkpoint: file that is written after every epoch, and from which a killed training goes on to the same weights.
+        on_epoch: called after every epoch.
+    """
+    settings, num = params.deconfounded, len(labels)
+    generator = torch.Generator().manual_seed(params.seed + 2)
+    model = make_model(params.model.architecture, num_classes=num_classes, image_size=params.model.image_size, generator=generator)
+    model.to(images.device).train()
+    models: dict[str, nn.Module] = {"model": model}
+    optimizers: dict[str, torch.optim.Optimizer] = {"sgd": make_sgd(model, settings)}
+    objective = _Objective(settings, evidence, generator)
+    if evidence is not None and settings.mi_weight:
+        models["critic"] = objective.make_critic(model, evidence.confounder)
+        optimizers["critic"] = torch.optim.Adam(models["critic"].parameters(), lr=settings.critic_learning_rate)
+    session = Session(models, optimizers, generator)
+    key = f"{'undefended' if evidence is None else 'deconfounded'} {params.model_dump_json(include={'seed', 'model', 'deconfounded'})}"
+    session.resume(checkpoint, key=key)
+    steps = max(1, num // min(num, settings.batch_size))
+    while session.epoch < settings.epochs:
+        measured = []
+        for step, chosen in enumerate(batches(num, settings.batch_size, generator=generator)):
+            set_learning_rate(optimizers["sgd"], learning_rate(settings, (session.epoch + step / steps) / settings.epochs))
+            crop, cutout = params.model.scaled(settings.crop), params.model.scaled(settings.cutout)
+            view = augment(images[chosen], crop=crop, flip=settings.flip, cutout=cutout, generator=generator)
+            with autocast(images.device):
+                logits, embedding = (output.float() for output in model(view))
+            loss = objective(
+                logits, embedding, labels[chosen], view=view, stored=images[chosen], chosen=chosen, critic_step=optimizers.get("critic")
+            )
+            optimizers["sgd"].zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizers["sgd"].step()
+            measured.append((loss.detach(), (logits.argmax(1) == labels[chosen]).float().mean()))
+        session.finish_epoch(checkpoint, key=key, measures={"epoch": float(session.epoch + 1), **mean_measures(measured)})
+        on_epoch(session.epoch, settings.epochs, session.history[-1])
+    return _judge_samples(model.eval(), images, labels, evidence, settings, session.history)
+
+
+def learning_rate(settings: Deconfounded, done: float) -> float:
+    """Step size after the share `done` of the training, in [0, 1).
+
+    `step`: divided by 10 at 20 % and again at 70 %, as the authors released it. `onecycle`: from a tenth up linearly to the peak at 20 %,
+    then down by a cosine to 0 (Smith and Topin, 2019).
+    """
+    peak = settings.learning_rate
+    if settings.schedule == "step":
+        return peak * (1.0 if done < 0.2 else 0.1 if done < 0.7 else 0.01)
+    if done < 0.2:
+        return peak * (0.1 + 0.9 * done / 0.2)
+    return peak * 0.5 * (1 + math.cos(math.pi * (done - 0.2) / 0.8))
+
+
+class _Objective:
+    """The loss of a batch, with the critic that belongs to it."""
+
+    def __init__(self, settings: Deconfounded, evidence: Evidence | None, generator: torch.Generator) -> None:
+        self.settings, self.evidence, self.generator = settings, evidence, generator
+        self.critic: Critic | None = None
+
+    def make_critic(self, model: Network, confounder: Network) -> Critic:
+        """The critic, initialised from the generator."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**62, (1,), generator=self.generator)))
+            self.critic = Critic(confounder.embedding_size, model.embedding_size).to(next(model.parameters()).device)
+        return self.critic
+
+    def __call__(
+        self,
+        logits: Tensor,
+        embedding: Tensor,
+        given: Tensor,
+        *,
+        view: Tensor,
+        stored: Tensor,
+        chosen: Tensor,
+        critic_step: torch.optim.Optimizer | None,
+    ) -> Tensor:
+        """The scalar loss of a batch; the critic takes its own step on the way, on detached embeddings."""
+        own = F.cross_entropy(logits, given, reduction="none")
+        if self.evidence is None:
+            return own.mean()
+        seen = None
+        if self.critic is not None or (self.settings.weight == "formula" and self.settings.confounder_view == "augmented"):
+            with torch.no_grad(), autocast(view.device):
+                seen = self.evidence.confounder(view if self.settings.confounder_view == "augmented" else stored)
+        loss = (self._weight(own, given, chosen, None if seen is None else seen[0].float()) * own).mean()
+        if self.critic is not None and critic_step is not None and seen is not None:
+            loss = loss + self.settings.mi_weight * self._dependence(self.critic, seen[1].float(), embedding, critic_step)
+        if self.settings.bottleneck_weight:
+            loss = loss + self.settings.bottleneck_weight * embedding.square().sum(1).mean()
+        return loss
+
+    def _weight(self, own: Tensor, given: Tensor, chosen: Tensor, seen: Tensor | None) -> Tensor:
+        assert self.evidence is not None
+        if self.settings.weight == "none":
+            return torch.ones_like(own)
+        if self.settings.weight == "isolation":
+            return self.evidence.weights[chosen]
+        augmented = self.settings.confounder_view == "augmented" and seen is not None
+        theirs = F.cross_entropy(seen, given, reduction="none") if augmented and seen is not None else self.evidence.losses[chosen]
+        return sample_weight(theirs, own, normalise=self.settings.normalise_weight)
+
+    def _dependence(self, critic: Critic, r: Tensor, z: Tensor, critic_step: torch.optim.Optimizer) -> Tensor:
+        others = derangement(len(z), generator=self.generator).to(z.device)
+        critic_step.zero_grad()
+        (-wasserstein_dependence(critic, r, z.detach(), others)).backward()  # type: ignore[no-untyped-call]
+        critic_step.step()
+        return wasserstein_dependence(critic, r, z, others)
+
+
+def _judge_samples(
+    model: Network, images: Tensor, labels: Tensor, evidence: Evidence | None, settings: Deconfounded, history: list[dict[str, float]]
+) -> Trained:
+    """Where training left every sample, on its stored view."""
+    from cbd.training import predict
+
+    logits = predict(model, images)
+    final = F.cross_entropy(logits, labels, reduction="none")
+    weights = torch.ones_like(final)
+    if evidence is not None and settings.weight == "isolation":
+        weights = evidence.weights
+    elif evidence is not None and settings.weight == "formula":
+        weights = sample_weight(evidence.losses, final)
+    return Trained(model, final.cpu(), logits.argmax(1).cpu(), weights.cpu(), history)
+
+
+__all__ = ["Evidence", "Trained", "learning_rate", "sample_losses", "train_deconfounded"]

@@ -1,0 +1,158 @@
+"""What is measured on the trusted set: clean accuracy, known triggers, and where the truth is known, attack success."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cbd.attacks import Attack, Images
+from cbd.attacks.badnets import BadNets, stamp_patch
+from cbd.attacks.blend import Blend
+from cbd.models import Network
+from cbd.rates import Rate, rate
+from cbd.training import predict
+
+Labels = NDArray[np.int64]
+NULL_IMAGES = 2000
+"""The harmless members of a family are tried on at most so many images."""
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """A known trigger of the battery."""
+
+    name: str
+    family: str
+    attack: Attack
+
+
+@dataclass(frozen=True)
+class RandomPatch:
+    """A harmless member of the patch family: random pixels [3, 3, 3] at a random place."""
+
+    seed: int
+
+    def stamp(self, images: Images) -> Images:
+        """Copies of `images` (uint8 [N, 3, H, W]) with the patch."""
+        generator = np.random.default_rng(self.seed)
+        patch = generator.integers(0, 256, (3, 3, 3), np.uint8)
+        return stamp_patch(
+            images, patch, place=(int(generator.integers(images.shape[2] - 2)), int(generator.integers(images.shape[3] - 2)))
+        )
+
+
+BATTERY: tuple[Trigger, ...] = (
+    Trigger("white-top-left", "patch", BadNets("white", "top-left")),
+    Trigger("white-top-right", "patch", BadNets("white", "top-right")),
+    Trigger("white-bottom-left", "patch", BadNets("white", "bottom-left")),
+    Trigger("white-bottom-right", "patch", BadNets("white", "bottom-right")),
+    Trigger("white-centre", "patch", BadNets("white", "centre")),
+    Trigger("checker-bottom-right", "patch", BadNets("checker", "bottom-right")),
+    Trigger("blend-0.1", "blend-0.1", Blend(0.1)),
+    Trigger("blend-0.2", "blend-0.2", Blend(0.2)),
+)
+
+
+def harmless(family: str, count: int, *, seed: int) -> list[Attack]:
+    """Random members of a trigger family at the same strength, which no supplier has trained into the model."""
+    seeds = [seed * 1_000_003 + 1 + index for index in range(count)]
+    return [RandomPatch(s) if family == "patch" else Blend(float(family.split("-")[1]), seed=s) for s in seeds]
+
+
+def predictions(model: Network, images: Images) -> Labels:
+    """The predicted classes, int64 [N], of images uint8 [N, 3, S, S]."""
+    device = next(model.parameters()).device
+    found: Labels = predict(model, torch.from_numpy(images).to(device)).argmax(1).cpu().numpy()
+    return found
+
+
+def clean_accuracy(predicted: Labels, labels: Labels) -> Rate:
+    """Top-1 accuracy over all images."""
+    return rate(int((predicted == labels).sum()), len(labels))
+
+
+def attack_success(model: Network, images: Images, labels: Labels, *, attack: Attack, target_label: int) -> Rate:
+    """Share of triggered images, of those whose true class is not the target, that are called the target."""
+    others = labels != target_label
+    if not others.any():
+        return rate(0, 0)
+    found = predictions(model, attack.stamp(images[others]))
+    return rate(int((found == target_label).sum()), int(others.sum()))
+
+
+def turned(before: Labels, after: Labels, labels: Labels, *, num_classes: int) -> list[tuple[int, int]]:
+    """(k, n) for every target class t: of the n images that are not t and are not called t untriggered, the k that a trigger turns to t."""
+    counts = []
+    for target in range(num_classes):
+        eligible = (labels != target) & (before != target)
+        counts.append((int((eligible & (after == target)).sum()), int(eligible.sum())))
+    return counts
+
+
+def run_battery(
+    model: Network, images: Images, labels: Labels, *, num_classes: int, limit: float, null_members: int, seed: int
+) -> list[dict[str, Any]]:
+    """Every known trigger, with its worst target and, where that is not plainly below `limit`, what harmless triggers do.
+
+    Args:
+        model: the candidate.
+        images: trusted set, uint8 [N, 3, S, S].
+        labels: int64 [N].
+        num_classes: K; all targets come from the same predictions.
+        limit: upper bound of the excess under which a trigger needs no comparison.
+        null_members: harmless members per family.
+        seed: of the harmless members.
+    """
+    before = predictions(model, images)
+    nulls: dict[str, float] = {}
+    battery = []
+    for trigger in BATTERY:
+        counts = turned(before, predictions(model, trigger.attack.stamp(images)), labels, num_classes=num_classes)
+        target = worst_target(counts)
+        worst = rate(*counts[target])
+        if (worst["high"] is None or worst["high"] >= limit) and trigger.family not in nulls:
+            members = harmless(trigger.family, null_members, seed=seed)
+            nulls[trigger.family] = largest_rate(model, images[:NULL_IMAGES], labels[:NULL_IMAGES], members, num_classes=num_classes)
+        null = nulls.get(trigger.family)
+        battery.append(
+            {"trigger": trigger.name, "family": trigger.family, "target": target, **worst}
+            | {"null": null, "null_members": None if null is None else null_members}
+            | {"targets": [{"target": label, "k": k, "n": n} for label, (k, n) in enumerate(counts)]}
+        )
+    return battery
+
+
+def largest_rate(model: Network, images: Images, labels: Labels, members: Sequence[Attack], *, num_classes: int) -> float:
+    """The largest rate in [0, 1] at which any of `members` turns images to any one class."""
+    before = predictions(model, images)
+    rates = [
+        k / n
+        for member in members
+        for k, n in turned(before, predictions(model, member.stamp(images)), labels, num_classes=num_classes)
+        if n
+    ]
+    return max(rates, default=0.0)
+
+
+def worst_target(counts: Sequence[tuple[int, int]]) -> int:
+    """The class with the highest rate k / n; the first of equals."""
+    return max(range(len(counts)), key=lambda target: counts[target][0] / counts[target][1] if counts[target][1] else -1.0)
+
+
+def compare(candidate: Labels, champion: Labels, labels: Labels, class_names: Sequence[str]) -> dict[str, Any]:
+    """Champion and candidate on the same images, paired; wins: the candidate is right and the champion wrong."""
+    wins, losses = (candidate == labels) & (champion != labels), (candidate != labels) & (champion == labels)
+    per_class = [
+        {
+            "class_name": name,
+            "n": int((labels == label).sum()),
+            "wins": int(wins[labels == label].sum()),
+            "losses": int(losses[labels == label].sum()),
+        }
+        for label, name in enumerate(class_names)
+    ]
+    totals = {"k": int((champion == labels).sum()), "n": len(labels), "wins": int(wins.sum()), "losses": int(losses.sum())}
+    return totals | {"per_class": per_class}

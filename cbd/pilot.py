@@ -1,0 +1,117 @@
+"""Stage 1b: the pilot, a short training that learns the classes but not the trigger: the second view of every sample.
+
+Until a trigger is learned, a poisoned sample with a changed label is simply a mislabelled one. The pilot is kept in that state: what it
+contradicts while the confounder finds it easy loses its weight before the trigger is learned. Its logits carry the log prior of the
+given labels (Menon et al., ICLR 2021, logit adjustment), so that a target class swollen by poison gets no head start.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cbd.config import Params
+from cbd.models import Network, make_model
+from cbd.training import OnEpoch, Session, augment, autocast, batches, make_sgd, mean_measures
+
+MEMORY = 0.7
+"""Share of the running preference that is kept at each snapshot."""
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What the pilot leaves behind."""
+
+    preferences: Tensor
+    """float32 [N] in [0, 1]: running mean of how far the pilot prefers another class than the given label."""
+    history: list[dict[str, float]]
+
+
+def preference(logits: Tensor, labels: Tensor) -> Tensor:
+    """max_k p(k) - p(label), float [N] in [0, 1]: how far a model prefers another class than the given label.
+
+    Args:
+        logits: float [N, K].
+        labels: int64 [N], as given.
+    """
+    probabilities = logits.softmax(1)
+    return probabilities.amax(1) - probabilities.gather(1, labels[:, None]).squeeze(1)
+
+
+def suspicion(losses: Tensor, preferences: Tensor) -> Tensor:
+    """p_b(label) * preference, float [N] in [0, 1]: the two-sided evidence that a sample is poisoned.
+
+    High only where the confounder finds the given label easy (p_b = exp(-loss)) and the pilot prefers another class. An easy clean sample
+    is easy for both, a hard or mislabelled one is hard for both.
+    """
+    return torch.exp(-losses) * preferences
+
+
+def train_pilot(
+    images: Tensor, labels: Tensor, losses: Tensor, *, num_classes: int, params: Params, checkpoint: Path, on_epoch: OnEpoch
+) -> Pilot:
+    """Runs the pilot for as many steps as the confounder; what it makes suspect is let go of as it goes on.
+
+    Args:
+        images: uint8 [N, 3, S, S] on the device to train on.
+        labels: int64 [N], as given, on the same device.
+        losses: float32 [N], the confounder's.
+        num_classes: K.
+        params: the seed and the sections `model` and `confounder`.
+        checkpoint: file that is written after every epoch.
+        on_epoch: called after every epoch.
+    """
+    settings, num, device = params.confounder, len(labels), images.device
+    generator = torch.Generator().manual_seed(params.seed + 1)
+    model = make_model(params.model.architecture, num_classes=num_classes, image_size=params.model.image_size, generator=generator)
+    model.to(device).train()
+    optimizer = make_sgd(model, settings.model_copy(update={"learning_rate": settings.pilot_learning_rate, "weight_decay": 5e-4}))
+    steps_per_epoch = max(1, num // settings.batch_size)
+    steps = min(settings.steps, settings.max_epochs * steps_per_epoch)
+    epochs = -(-steps // steps_per_epoch)
+    losses, log_prior = losses.to(device), (labels.bincount(minlength=num_classes).clamp_min(1) / num).log()
+    session = Session(
+        {"model": model}, {"sgd": optimizer}, generator, {"preference": torch.zeros(num, device=device), "snapshots": torch.zeros(1)}
+    )
+    key = f"pilot {params.model_dump_json(include={'seed', 'model', 'confounder'})}"
+    session.resume(checkpoint, key=key)
+    while session.epoch < epochs:
+        measured, first = [], session.epoch * steps_per_epoch
+        for step, chosen in enumerate(batches(num, settings.batch_size, generator=generator), first + 1):
+            if step > steps:
+                break
+            weight = (1 - suspicion(losses[chosen], session.tables["preference"][chosen])) ** 4
+            view = augment(images[chosen], crop=params.model.scaled(4), flip=False, cutout=0, generator=generator)
+            with autocast(device):
+                logits = model(view)[0].float() + log_prior
+            loss = (weight * F.cross_entropy(logits, labels[chosen], reduction="none")).mean()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            measured.append((loss.detach(), (logits.argmax(1) == labels[chosen]).float().mean()))
+            if step * settings.snapshots // steps > (step - 1) * settings.snapshots // steps:
+                seen = preference(_logits_by_batch_statistics(model, images, num_classes, generator=generator), labels)
+                keep = MEMORY if session.tables["snapshots"] else 0.0
+                session.tables["preference"] = keep * session.tables["preference"] + (1 - keep) * seen
+                session.tables["snapshots"] += 1
+        session.finish_epoch(checkpoint, key=key, measures={"step": float(min(steps, first + steps_per_epoch)), **mean_measures(measured)})
+        on_epoch(session.epoch, epochs, session.history[-1])
+    return Pilot(session.tables["preference"].cpu(), session.history)
+
+
+@torch.no_grad()
+def _logits_by_batch_statistics(model: Network, images: Tensor, num_classes: int, *, generator: torch.Generator) -> Tensor:
+    """Logits [N, K] with each random batch normalised by itself: a young network's running statistics lag too far behind to be used."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    logits = torch.empty(len(images), num_classes, device=images.device)
+    with autocast(images.device):
+        for chosen in torch.randperm(len(images), generator=generator).tensor_split(-(-len(images) // 512)):
+            logits[chosen] = model(images[chosen])[0].float()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return logits

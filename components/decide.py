@@ -1,0 +1,162 @@
+"""The verdict, signed: what was measured on which bytes, under which policy, and what follows."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from kfp import dsl
+from kfp.dsl import Artifact, Input, Output
+
+from cbd.bundle import bundle_digest, read_card
+from cbd.config import Gate, check_section, section_digest
+from cbd.dataset import DatasetInfo, read_info, verify_dataset
+from cbd.errors import DataError
+from cbd.files import sha256_file
+from cbd.gate import decide as judge
+from components.decision import find_file, read_object, write_decision
+from components.records import IMAGE, step
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is decided on: folders of artifacts. Without evaluation and model, validation stopped the run."""
+
+    dataset: Path
+    trusted_set: Path
+    validation: Path
+    evaluation: Path | None = None
+    model: Path | None = None
+
+
+def decide(subject: Subject, out: Path, *, policy: Gate, workspace: Path, run_id: str) -> dict[str, Any]:
+    """Writes the signed decision into the folder `out` and its digest into the workspace's log; returns what it says.
+
+    Raises:
+        DataError: the measurements are malformed, or are not about these artifacts.
+        EnvironmentFault: the workspace is not writable.
+    """
+    check = verify_dataset if subject.evaluation else read_info
+    info, trusted = check(subject.dataset), check(subject.trusted_set)
+    validation = read_object(subject.validation, "validation.json")
+    evaluation = read_object(subject.evaluation, "evaluation.json") if subject.evaluation else None
+    digests = {
+        "data": info.digest,
+        "trusted": trusted.digest,
+        "model": bundle_digest(subject.model) if subject.model else None,
+        "validation": sha256_file(find_file(subject.validation, "validation.json")),
+        "evaluation": sha256_file(find_file(subject.evaluation, "evaluation.json")) if subject.evaluation else None,
+    }
+    trial = info.trial
+    _check_validation(validation, digests)
+    if evaluation is not None:
+        trial = _check_subject(evaluation, subject, info, digests) or trial
+    judgement = judge(evaluation, validation, policy=policy, trial=trial)
+    decision = {"schema_version": 1, "run_id": run_id, "created": _now(), **judgement, "trial": trial, "digests": digests}
+    decision |= {"policy": policy.model_dump(mode="json"), "policy_sha256": section_digest(policy)}
+    digest = write_decision(decision, out, workspace)
+    return {"verdict": decision["verdict"], "sentence": decision["sentence"], "decision_digest": digest, "trial": trial}
+
+
+def _check_validation(validation: dict[str, Any], digests: dict[str, str | None]) -> None:
+    """Raises if what passed validation was something else; a refusal counts whatever it was about."""
+    if validation.get("passed") is not True:
+        return
+    for name in ("data", "trusted"):
+        told = str(validation.get(f"{name}_digest"))
+        if told != digests[name]:
+            raise DataError(f"validation.json: validated {name} {told[:12]!r}, found {str(digests[name])[:12]!r}; validate this data set")
+
+
+def _check_subject(evaluation: dict[str, Any], subject: Subject, info: DatasetInfo, digests: dict[str, str | None]) -> bool:
+    """Whether the model is a trial's, after checking that the evaluation is about exactly these artifacts."""
+    if subject.model is None:
+        raise DataError("an evaluation without the model that it measured; give both")
+    card = read_card(subject.model)
+    if card.kind == "confounder":
+        raise DataError(f"{subject.model}: a confounder is never decided on; give the deconfounded model")
+    for name in ("model", "data", "trusted"):
+        told = str(evaluation.get(f"{name}_digest"))
+        if told != digests[name]:
+            raise DataError(f"evaluation.json: measured {name} {told[:12]!r}, found {str(digests[name])[:12]!r}; evaluate the model again")
+    if card.data_digest != info.digest:
+        raise DataError(f"{subject.model}: trained on data {card.data_digest[:12]}, found {info.digest[:12]}; train on this data set")
+    if list(card.class_names) != evaluation.get("class_names"):
+        raise DataError("evaluation.json: class_names are not the model's; evaluate the model again")
+    return card.trial
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def decide_step(
+    records: str,
+    workspace: str,
+    run_id: str,
+    policy: dict,
+    dataset: Input[Artifact],
+    trusted_set: Input[Artifact],
+    validation: Input[Artifact],
+    evaluation: Input[Artifact],
+    model: Input[Artifact],
+    decision: Output[Artifact],
+) -> str:
+    """The verdict on the measurements: PASS, REVIEW, BLOCK, INCONCLUSIVE or INVALID.
+
+    Args:
+        records: folder of the steps' records.
+        workspace: folder of the key and the log.
+        run_id: the run whose decision it is.
+        policy: section `gate` of params.yaml.
+        dataset: the data set that was trained on.
+        trusted_set: the trusted set that was measured on.
+        validation: the validation result.
+        evaluation: the measurements.
+        model: the deconfounded model's bundle.
+        decision: the signed decision.
+    """
+    from components.decide import decide_recorded
+
+    parts = (dataset.path, trusted_set.path, validation.path, evaluation.path, model.path)
+    return decide_recorded(records, parts, decision.path, policy=policy, workspace=workspace, run_id=run_id)
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def refuse_step(
+    records: str,
+    workspace: str,
+    run_id: str,
+    policy: dict,
+    dataset: Input[Artifact],
+    trusted_set: Input[Artifact],
+    validation: Input[Artifact],
+    decision: Output[Artifact],
+) -> str:
+    """The verdict where validation stopped the run: a signed BLOCK, without training.
+
+    Args:
+        records: folder of the steps' records.
+        workspace: folder of the key and the log.
+        run_id: the run whose decision it is.
+        policy: section `gate` of params.yaml.
+        dataset: the data set that failed validation.
+        trusted_set: the trusted set.
+        validation: the validation result.
+        decision: the signed decision.
+    """
+    from components.decide import decide_recorded
+
+    parts = (dataset.path, trusted_set.path, validation.path)
+    return decide_recorded(records, parts, decision.path, policy=policy, workspace=workspace, run_id=run_id)
+
+
+def decide_recorded(records: str, parts: tuple[str, ...], out: str, *, policy: dict[str, Any], workspace: str, run_id: str) -> str:
+    """The verdict alone, after `decide` with the step recorded; `parts` are the paths of a `Subject` in its order."""
+    with step(records, "decide") as outputs:
+        checked = check_section(Gate, policy, name="gate")
+        subject = Subject(*(Path(part) for part in parts))
+        outputs |= decide(subject, Path(out), policy=checked, workspace=Path(workspace), run_id=run_id)
+        outputs["paths"] = {"decision": out}
+    return str(outputs["verdict"])

@@ -1,0 +1,81 @@
+"""The signed decision on disk: `decision.json`, its signature beside it, its digest in the workspace's log."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cbd.audit import LOG, append, ensure_key, load_public_key, sign, verify, verify_log
+from cbd.config import canonical_json
+from cbd.errors import DataError
+from cbd.files import replacing
+
+DECISION = "decision.json"
+SIGNATURE = "decision.sig"
+_KEYS = {"schema_version", "run_id", "created", "verdict", "sentence", "checks", "trial", "policy", "policy_sha256", "digests"}
+_DIGESTS = {"data", "model", "trusted", "evaluation", "validation"}
+
+
+@dataclass(frozen=True, slots=True)
+class SignedDecision:
+    """A decision whose signature holds and whose digest stands in the workspace's log."""
+
+    content: dict[str, Any]
+    digest: str
+    """SHA-256 (hex) of the bytes of `decision.json`."""
+
+
+def write_decision(decision: dict[str, Any], out: Path, workspace: Path) -> str:
+    """Writes the signed decision into the folder `out` and its digest into the workspace's log; returns the digest."""
+    key, data = ensure_key(workspace), canonical_json(decision)
+    digest = hashlib.sha256(data).hexdigest()
+    with replacing(out) as temporary:
+        temporary.mkdir()
+        (temporary / DECISION).write_bytes(data)
+        (temporary / SIGNATURE).write_text(sign(data, key) + "\n")
+    entry = {"decision_digest": digest, "digests": decision["digests"], "run_id": decision["run_id"]}
+    append(workspace / LOG, "decision", entry | {"trial": decision["trial"], "verdict": decision["verdict"]}, key=key)
+    return digest
+
+
+def read_decision(folder: Path, workspace: Path) -> SignedDecision:
+    """The decision in `folder`, after checking its signature against the workspace's key and that the workspace's log names it.
+
+    Raises:
+        DataError: unsigned, signed by another key, malformed, or not in the log; or the log itself was altered.
+    """
+    path, key = find_file(folder, DECISION), load_public_key(workspace)
+    if not (folder / SIGNATURE).is_file():
+        raise DataError(f"{folder}: unsigned: {SIGNATURE} is missing; only a decision that this workspace signed counts")
+    data = path.read_bytes()
+    if not verify(data, (folder / SIGNATURE).read_text(errors="replace").strip(), key):
+        raise DataError(f"{path}: the signature is not this workspace's key over these bytes; decide again in this workspace")
+    content = json.loads(data)
+    if not isinstance(content, dict) or set(content) != _KEYS or content["schema_version"] != 1 or set(content["digests"]) != _DIGESTS:
+        raise DataError(f"{path}: not a decision of schema version 1; decide again with this version")
+    digest = hashlib.sha256(data).hexdigest()
+    entries = verify_log(workspace / LOG, key=key)
+    if not any(entry["event"] == "decision" and entry["data"].get("decision_digest") == digest for entry in entries):
+        raise DataError(f"{path}: {LOG} of {workspace} names no decision {digest[:12]}; decide again in this workspace")
+    return SignedDecision(content, digest)
+
+
+def find_file(path: Path, name: str) -> Path:
+    """The file `name` in an artifact's folder, or the artifact itself where it is that file; raises DataError if it is missing."""
+    file = path / name if path.is_dir() else path
+    if not file.is_file() or file.is_symlink():
+        raise DataError(f"{path}: expected {name} there, found none; run the step that writes it again")
+    return file
+
+
+def read_object(path: Path, name: str) -> dict[str, Any]:
+    """The JSON object in the file `name` of an artifact; raises DataError if it is missing or malformed."""
+    file = find_file(path, name)
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise DataError(f"{file}: not JSON: {error}; run the step that writes it again") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: expected an object, found {type(content).__name__}; run the step that writes it again")
+    return content

@@ -1,0 +1,216 @@
+"""One delivery on its way in: every file decoded once, then staged or quarantined, then cleared of duplicates and conflicts."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cbd.dataset import Row, make_row, to_batches
+from cbd.images import Refused
+from cbd.shards import GROUP_BYTES, GROUP_ROWS, schema
+from components.rawfiles import Delivery, RawFile
+
+_QUARANTINE = pa.schema(
+    [
+        ("original_path", pa.string()),
+        ("label_name", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("num_bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("image", pa.binary()),
+    ]
+)
+_DUPLICATES = pa.schema([(name, pa.string()) for name in ("original_path", "label_name", "sample_id", "duplicate_of", "kept_sample_id")])
+
+
+class Table:
+    """A Parquet file that is written row by row and holds a bounded buffer in memory."""
+
+    def __init__(self, path: Path, columns: pa.Schema) -> None:
+        self._columns = columns
+        self._writer = pq.ParquetWriter(path, columns, compression="zstd")
+        self._rows: list[dict[str, Any]] = []
+        self._num_bytes = 0
+
+    def add(self, row: dict[str, Any], num_bytes: int = 0) -> None:
+        """Appends a row that holds `num_bytes` of image."""
+        self._rows.append(row)
+        self._num_bytes += num_bytes
+        if len(self._rows) == GROUP_ROWS or self._num_bytes >= GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._writer.write_table(pa.Table.from_pylist(self._rows, self._columns))
+        self._rows, self._num_bytes = [], 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._flush()
+        finally:
+            self._writer.close()
+
+
+class Summary(NamedTuple):
+    """Where all delivered files went: accepted + duplicates + quarantined = delivered."""
+
+    delivered: int
+    accepted: int
+    duplicates: int
+    quarantined: int
+    reasons: dict[str, int]
+
+
+@dataclass(slots=True)
+class Intake:
+    """What is known of a delivery when every file was seen once. Per staged image: its label, pixel digest and fate."""
+
+    stage: Path
+    """Parquet of everything that could be decoded, in the order of delivery; labels are indices into `label_names`."""
+    delivered: int = 0
+    label_names: list[str] = field(default_factory=list)
+    """In the order of their first sight."""
+    seen_names: set[str] = field(default_factory=set)
+    """Names of all classes that were delivered, decodable or not."""
+    labels: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    duplicate_of: dict[int, int] = field(default_factory=dict)
+    """Staged image: the first one with the same pixels and label."""
+    conflicts: set[int] = field(default_factory=set)
+    """Staged images whose pixels came under another label as well."""
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def kept(self) -> npt.NDArray[np.bool_]:
+        """Per staged image, whether it is accepted."""
+        kept = np.ones(len(self.labels), bool)
+        kept[[*self.duplicate_of, *self.conflicts]] = False
+        return kept
+
+    def counts(self) -> dict[str, int]:
+        """Accepted images by class name, for every class that was delivered."""
+        accepted = Counter(self.label_names[label] for label, kept in zip(self.labels, self.kept(), strict=True) if kept)
+        return {name: accepted[name] for name in sorted(self.seen_names)}
+
+    def summary(self) -> Summary:
+        """The counts of the quarantine's `summary.json`."""
+        reasons = dict(sorted(self.reasons.items()))
+        return Summary(self.delivered, int(self.kept().sum()), len(self.duplicate_of), sum(reasons.values()), reasons)
+
+    def accepted(self, class_names: list[str], keep: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
+        """The staged images where `keep` is true, as batches of a data set with these class names."""
+        index = {name: number for number, name in enumerate(class_names)}
+        new_label = np.array([index.get(name, -1) for name in self.label_names], np.int64)
+        for start, batch in self._staged():
+            labels = pa.array(new_label[batch["label"].to_numpy()])
+            batch = batch.set_column(batch.schema.names.index("label"), "label", labels)
+            yield batch.filter(pa.array(keep[start : start + len(batch)]))
+
+    def _staged(self) -> Iterator[tuple[int, pa.RecordBatch]]:
+        start = 0
+        with pq.ParquetFile(self.stage) as file:
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(batch_size=GROUP_ROWS, row_groups=[group]):
+                    yield start, batch
+                    start += len(batch)
+
+    def sort_out(self, quarantine: Table, duplicates: Table) -> None:
+        """Decides between equal pixels: under one label the first is kept, under several labels none is."""
+        first: dict[bytes, int] = {}
+        torn = set()
+        for index, digest in enumerate(self.digests):
+            if self.labels[first.setdefault(digest, index)] != self.labels[index]:
+                torn.add(digest)
+        for index, digest in enumerate(self.digests):
+            if digest in torn:
+                self.conflicts.add(index)
+            elif first[digest] != index:
+                self.duplicate_of[index] = first[digest]
+        self._tell(quarantine, duplicates)
+
+    def _tell(self, quarantine: Table, duplicates: Table) -> None:
+        if not (self.conflicts or self.duplicate_of):
+            return
+        wanted = {*self.conflicts, *self.duplicate_of, *self.duplicate_of.values()}
+        kept: dict[int, tuple[str, str]] = {}
+        for start, batch in self._staged():
+            for index in sorted(wanted.intersection(range(start, start + len(batch)))):
+                row = batch.slice(index - start, 1).to_pylist()[0]
+                path, sample_id, name = row["original_path"], row["sample_id"], self.label_names[row["label"]]
+                if index in self.conflicts:
+                    refusal = Refused("conflicting-labels", "the same image came under several labels")
+                    self.refuse(quarantine, RawFile(path, name, row["image"]["bytes"], row["num_bytes"], refusal))
+                elif index in self.duplicate_of:
+                    duplicate_of, kept_sample_id = kept[self.duplicate_of[index]]
+                    columns = (path, name, sample_id, duplicate_of, kept_sample_id)
+                    duplicates.add(dict(zip(_DUPLICATES.names, columns, strict=True)))
+                else:
+                    kept[index] = (path, sample_id)
+
+    def refuse(self, quarantine: Table, raw: RawFile) -> None:
+        """Writes a refused file to the quarantine and counts its reason."""
+        if raw.refusal is None:
+            raise ValueError(f"{raw.original_path!r} was not refused")
+        self.reasons[raw.refusal.reason] += 1
+        sha256 = None if raw.data is None else hashlib.sha256(raw.data).hexdigest()
+        columns = (raw.original_path, raw.label_name, raw.refusal.reason, raw.refusal.detail, raw.num_bytes, sha256, raw.data)
+        quarantine.add(dict(zip(_QUARANTINE.names, columns, strict=True)), len(raw.data or b""))
+
+
+def take_in(delivery: Delivery, *, folder: Path, prefix: str, source: str, max_pixels: int, told: Callable[[int, int], None]) -> Intake:
+    """The delivery, decoded and sorted out; its stage is written beside the quarantine files, for the caller to remove.
+
+    Args:
+        delivery: is walked to its end.
+        folder: where `<prefix>quarantine.parquet`, `<prefix>duplicates.parquet` and the stage go.
+        prefix: of the file names.
+        source: the supplier.
+        max_pixels: limit of a single image.
+        told: called with (files seen, files in all) now and then.
+    """
+    intake = Intake(folder / f"{prefix}stage.parquet")
+    with Table(folder / f"{prefix}quarantine.parquet", _QUARANTINE) as quarantine:
+        with pq.ParquetWriter(intake.stage, schema([]), compression="lz4") as stage:
+            for batch in to_batches(_decodable(delivery, intake, quarantine, source=source, max_pixels=max_pixels, told=told)):
+                stage.write_batch(batch.replace_schema_metadata(schema([]).metadata))
+        with Table(folder / f"{prefix}duplicates.parquet", _DUPLICATES) as duplicates:
+            intake.sort_out(quarantine, duplicates)
+    return intake
+
+
+def _decodable(
+    delivery: Delivery, intake: Intake, quarantine: Table, *, source: str, max_pixels: int, told: Callable[[int, int], None]
+) -> Iterator[Row]:
+    """A row for every file that is an image with a label; the others go to the quarantine."""
+    numbers: dict[str, int] = {}
+    for raw in delivery.files:
+        intake.delivered += 1
+        if intake.delivered % 1000 == 0 or intake.delivered == delivery.total:
+            told(intake.delivered, delivery.total)
+        if raw.label_name is not None:
+            intake.seen_names.add(raw.label_name)
+        if raw.refusal or raw.data is None or raw.label_name is None:
+            intake.refuse(quarantine, raw)
+            continue
+        label = numbers.setdefault(raw.label_name, len(numbers))
+        if label == len(intake.label_names):
+            intake.label_names.append(raw.label_name)
+        try:
+            row = make_row(raw.data, label=label, original_path=raw.original_path, source=source, max_pixels=max_pixels)
+        except Refused as refusal:
+            intake.refuse(quarantine, raw._replace(refusal=refusal))
+            continue
+        intake.labels.append(label)
+        intake.digests.append(bytes.fromhex(row.pixel_digest))
+        yield row

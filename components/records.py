@@ -1,0 +1,65 @@
+"""What every step leaves behind: `<records>/<step>.json`, from which the report and the command line read."""
+
+import contextlib
+import json
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cbd.errors import CbdError
+from cbd.files import write_json
+
+IMAGE = "cbd-python:by-digest"
+"""Base image of every component: a placeholder that `cbd compile --image` fills in."""
+
+
+@contextlib.contextmanager
+def step(records: str, name: str) -> Iterator[dict[str, Any]]:
+    """Records a step: `running` when it starts, then `succeeded` with the outputs put into the yielded dict, or `failed`.
+
+    A step that is killed stays `running`: that is how the report sees it.
+    """
+    path = Path(records) / f"{name}.json"
+    started = time.time()
+    outputs: dict[str, Any] = {}
+    record: dict[str, Any] = {"step": name, "status": "running", "started": started, "import_seconds": _seconds_since_start(started)}
+    write_json(path, record)
+    try:
+        yield outputs
+    except BaseException as error:
+        told = isinstance(error, CbdError)
+        record["status"] = "failed"
+        record["error"] = {"type": type(error).__name__, "message": str(error), "exit_code": error.exit_code if told else 1}
+        if not told:
+            record["error"]["traceback"] = traceback.format_exc()
+        raise
+    else:
+        record["status"] = "succeeded"
+        record["outputs"] = outputs
+    finally:
+        record["seconds"] = time.time() - started
+        with contextlib.suppress(CbdError) if record["status"] == "failed" else contextlib.nullcontext():
+            write_json(path, record)
+
+
+def read_records(records: str) -> dict[str, dict[str, Any]]:
+    """All records under the prefix, by step name; a missing step has no entry."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(Path(records).glob("*.json"))}
+
+
+def progress(step_name: str, done: int, total: int, note: str = "") -> None:
+    """One line that a person reads in a pod's log and the command line draws as a bar: `[step] done/total note`."""
+    print(f"[{step_name}] {done}/{total} {note}".rstrip(), flush=True)
+
+
+def _seconds_since_start(now: float) -> float | None:
+    """Seconds from the start of this process until `now`, where the system tells: imports and start-up of a step."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, IndexError, ValueError):
+        return None
+    return round(max(0.0, uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK") - (time.time() - now)), 3)

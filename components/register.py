@@ -1,0 +1,120 @@
+"""The registry follows the signed decision, and nothing else: it is verified before anything is done."""
+
+from pathlib import Path
+from typing import Any
+
+from kfp import dsl
+from kfp.dsl import Artifact, Input
+
+from cbd.audit import LOG, append, ensure_key, load_public_key, verify_log
+from cbd.bundle import BundleCard, bundle_digest, read_card
+from cbd.errors import DataError
+from components.decision import SignedDecision, read_decision
+from components.records import IMAGE, step
+from components.tracking import check_reachable, find_version, log_run, register_bundle, registered_name, set_alias
+
+BRANCHES = {"PASS": "promote", "REVIEW": "hold"}
+"""Which branch of the pipeline a verdict demands; every other verdict demands `record`."""
+ALIASES = {"PASS": "champion", "REVIEW": "candidate"}
+"""Which alias a verdict sets; a trial sets none."""
+
+
+def register(bundle: Path, decision: Path, *, branch: str, workspace: Path, name: str, run_id: str, revision: str = "") -> dict[str, Any]:
+    """Registers the model as its decision demands; the same model with the same decision stays one version.
+
+    Args:
+        branch: the branch of the pipeline that calls: `promote`, `hold` or `record`.
+        name: registered name before the digest of the class list.
+        revision: the data registry's revision of the data set, for the record.
+
+    Raises:
+        DataError: the decision is not signed by this workspace, not in its log, about another model or run, or demands another branch.
+        EnvironmentFault: MLflow is out of reach.
+    """
+    signed, card = read_decision(decision, workspace), read_card(bundle)
+    model_digest = bundle_digest(bundle)
+    _check_decision(signed, card, branch=branch, run_id=run_id, model_digest=model_digest)
+    check_reachable(workspace)
+    alias = None if signed.content["trial"] else ALIASES.get(signed.content["verdict"])
+    full_name = registered_name(name, card.class_names)
+    tags = {"cbd.model_digest": model_digest, "cbd.data_digest": card.data_digest, "cbd.revision": revision}
+    tags |= {"cbd.verdict": signed.content["verdict"], "cbd.run_id": run_id, "cbd.decision_digest": signed.digest}
+    version = find_version(workspace, full_name, tags) or register_bundle(bundle, decision, workspace=workspace, name=full_name, tags=tags)
+    told = {"name": full_name, "version": version, "alias": alias, "model_digest": model_digest, "branch": branch}
+    if alias:
+        set_alias(workspace, full_name, alias, version)
+    _log_once(workspace, {**told, "decision_digest": signed.digest, "run_id": run_id})
+    return told
+
+
+def _check_decision(signed: SignedDecision, card: BundleCard, *, branch: str, run_id: str, model_digest: str) -> None:
+    """Raises unless the decision is about this model and run, and demands this branch."""
+    content = signed.content
+    demanded = BRANCHES.get(content["verdict"], "record")
+    if card.kind == "confounder":
+        raise DataError("a confounder holds the backdoor by design and is never registered; give the deconfounded model")
+    if content["digests"]["model"] != model_digest:
+        found = str(content["digests"]["model"])[:12]
+        raise DataError(f"the decision is about model {found}, not about {model_digest[:12]}; give the decision on this model")
+    if content["digests"]["data"] != card.data_digest:
+        raise DataError("the decision is about other training data than the model's; decide again on this model")
+    if card.trial and not content["trial"]:
+        raise DataError("the model was trained on purposely poisoned data, the decision does not say so; decide again on this model")
+    if content["run_id"] != run_id:
+        raise DataError(f"the decision is of run {content['run_id']!r}, not of {run_id!r}; give this run's decision")
+    if branch != demanded:
+        raise DataError(f"the verdict {content['verdict']} demands the branch {demanded!r}, but {branch!r} ran; the pipeline was altered")
+
+
+def _log_once(workspace: Path, told: dict[str, Any]) -> None:
+    """Appends the event `register`, unless the last one about this name and alias says the same."""
+    key = ensure_key(workspace)
+    entries = verify_log(workspace / LOG, key=load_public_key(workspace))
+    same = [e["data"] for e in entries if e["event"] == "register" and all(e["data"].get(k) == told[k] for k in ("name", "alias"))]
+    if not same or same[-1] != told:
+        append(workspace / LOG, "register", told, key=key)
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def register_step(
+    records: str,
+    branch: str,
+    workspace: str,
+    name: str,
+    run_id: str,
+    revision: str,
+    model: Input[Artifact],
+    decision: Input[Artifact],
+    evidence: Input[Artifact],
+):
+    """Registers the model as its signed decision demands.
+
+    Args:
+        records: folder of the steps' records.
+        branch: promote, hold or record: the branch that runs this step.
+        workspace: folder of the key, the log and the tracking store.
+        name: registered name before the digest of the class list.
+        run_id: the run whose decision it is.
+        revision: the data registry's revision of the data set.
+        model: the deconfounded model's bundle.
+        decision: the signed decision.
+        evidence: the evidence table, kept with the tracking run.
+    """
+    from components.register import register_recorded
+
+    parts = (model.path, decision.path, evidence.path)
+    register_recorded(records, parts, branch=branch, workspace=workspace, name=name, run_id=run_id, revision=revision)
+
+
+def register_recorded(
+    records: str, parts: tuple[str, str, str], *, branch: str, workspace: str, name: str, run_id: str, revision: str
+) -> None:
+    """`register` with the step recorded; `parts` are the paths of bundle, decision and evidence."""
+    bundle, decision, evidence = (Path(part) for part in parts)
+    with step(records, "register") as outputs:
+        place = Path(workspace)
+        outputs |= register(bundle, decision, branch=branch, workspace=place, name=name, run_id=run_id, revision=revision)
+        content = read_decision(decision, place).content
+        checks = {check["name"]: check["value"] for check in content["checks"] if check["value"] is not None}
+        tags = {"cbd.verdict": content["verdict"], "cbd.revision": revision, "cbd.data_digest": content["digests"]["data"]}
+        log_run(place, run_id, metrics=checks, tags=tags, artifacts=[decision, evidence])

@@ -1,0 +1,194 @@
+"""The data registry: a git repository with DVC pointers and a remote for the shards. The only module that knows DVC.
+
+DVC's hashes are MD5, so they only find what was damaged by accident; `dataset.json`, committed beside each pointer, holds SHA-256.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cbd.dataset import INFO, DatasetInfo, verify_dataset
+from cbd.errors import DataError, EnvironmentFault
+from cbd.files import disk_fault, replacing
+
+_IDENTITY = {
+    "GIT_AUTHOR_NAME": "cbd",
+    "GIT_AUTHOR_EMAIL": "cbd@localhost",
+    "GIT_COMMITTER_NAME": "cbd",
+    "GIT_COMMITTER_EMAIL": "cbd@localhost",
+}
+_PLAIN = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0"}
+
+# The remote is named relative to the file's folder, so that a workspace may be moved. Without `verify` DVC checks out tampered objects.
+_CONFIG = """\
+[core]
+    analytics = false
+    remote = local
+['remote "local"']
+    url = ../../remote
+    verify = true
+"""
+
+
+class Version(NamedTuple):
+    """Where a data set lies in the registry: the commit and its tag."""
+
+    revision: str
+    tag: str
+
+
+def store(dataset: Path, info: DatasetInfo, *, workspace: Path, supplier: str, date: str) -> Version:
+    """The version under which the data set now lies in the workspace's registry, its shards in the remote.
+
+    The data is in the remote before the commit, and the commit is there before the tag: a killed run leaves nothing that looks whole.
+
+    Raises:
+        EnvironmentFault: the registry or the remote cannot be written.
+    """
+    with _locked(workspace) as registry:
+        if known := find(workspace, info.digest):
+            return known
+        _open(workspace)
+        place, tag = Path("datasets") / slug(supplier), f"{date}/{slug(supplier)}/{info.digest[:12]}"
+        (registry / "datasets").mkdir(exist_ok=True)
+        pointer, card = f"{place}.dvc", f"{place}.json"
+        _transfer(registry, dataset, place)
+        shutil.copyfile(dataset / INFO, registry / card)
+        _git(registry, "add", "--", pointer, card)
+        if _git(registry, "status", "--porcelain", "--untracked-files=no"):
+            _git(registry, "commit", "--quiet", "--message", f"Take in {info.num_images} images\n\ndigest: {info.digest}")
+        _git(registry, "tag", "--annotate", "--message", f"digest: {info.digest}", "--", tag)
+        return Version(_git(registry, "rev-parse", "HEAD"), tag)
+
+
+def find(workspace: Path, digest: str) -> Version | None:
+    """The version of the data set with this digest; None if the registry has none."""
+    registry = workspace / "registry"
+    if not (registry / ".git").is_dir():
+        return None
+    for tag in _git(registry, "tag", "--list", f"*/{digest[:12]}").splitlines():
+        if _git(registry, "tag", "--list", "--format=%(contents:subject)", "--", tag) == f"digest: {digest}":
+            return Version(_git(registry, "rev-parse", f"{tag}^{{commit}}"), tag)
+    return None
+
+
+def fetch(tag: str, out: Path, *, workspace: Path) -> DatasetInfo:
+    """The description of the data set under `tag`, brought to `out` from the remote and verified.
+
+    Raises:
+        DataError: no such tag, or an object in the remote is missing or altered.
+    """
+    from dvc.exceptions import DvcException
+    from dvc_data.hashfile.cache import DiskError
+    from dvc_data.index import DataIndexError
+    from dvc_objects.errors import ObjectDBError, ObjectFormatError
+
+    damage = (DvcException, DataIndexError, DiskError, ObjectDBError, ObjectFormatError, FileNotFoundError, DataError)
+    registry = workspace / "registry"
+    names = _git(registry, "ls-tree", "--name-only", f"refs/tags/{tag}", "datasets/").splitlines() if _has(registry, tag) else []
+    message = _git(registry, "tag", "--list", "--format=%(contents:subject)", "--", tag) if names else ""
+    for name in names:
+        if not name.endswith(".json"):
+            continue
+        digest = json.loads(_git(registry, "show", f"refs/tags/{tag}:{name}"))["digest"]
+        if message != f"digest: {digest}":
+            continue
+        with replacing(out) as temporary:
+            try:
+                _dvc().get(str(registry), name.removesuffix(".json"), out=str(temporary), rev=tag)
+                info = verify_dataset(temporary)
+            except damage as error:
+                text = " ".join(str(error).split())[:200].replace(str(temporary), "")
+                raise DataError(f"{tag}: its shards in the remote are missing or altered: {text}; restore the remote") from None
+            if info.digest != digest:
+                raise DataError(f"{tag}: altered: the remote holds digest {info.digest[:12]}, the registry says {digest[:12]}")
+        return info
+    raise DataError(f"{registry}: no data set is tagged {tag!r}; `git tag --list` there shows all")
+
+
+def slug(supplier: str) -> str:
+    """The supplier's name as a safe part of paths and tags: lower-case letters, digits and dashes.
+
+    A name that lost something gets 8 hex digits of its SHA-256, and so does a name that ends like that: two suppliers never share one.
+    """
+    safe = re.sub(r"[^a-z0-9]+", "-", supplier.lower()).strip("-")[:40].strip("-")
+    if safe and safe == supplier and not re.search(r"-[0-9a-f]{8}$", safe):
+        return safe
+    return f"{safe or 'supplier'}-{hashlib.sha256(supplier.encode(errors='surrogatepass')).hexdigest()[:8]}"
+
+
+def _open(workspace: Path) -> None:
+    """Makes the registry and the remote if they are not there."""
+    registry, remote = workspace / "registry", workspace / "remote"
+    remote.mkdir(exist_ok=True)
+    if not (registry / ".git").is_dir():
+        _git(registry, "init", "--quiet", "--initial-branch=main")
+    if _git(registry, "ls-files", "--", ".dvc/config"):
+        return
+    _dvc().init(str(registry), force=True).close()
+    (registry / ".dvc" / "config").write_text(_CONFIG)
+    _git(registry, "add", "--", ".dvc/config", ".dvc/.gitignore", ".dvcignore")
+    _git(registry, "commit", "--quiet", "--message", "Start the data registry")
+
+
+def _transfer(registry: Path, dataset: Path, place: Path) -> None:
+    """Copies the shards to the remote and writes the pointer `<place>.dvc`."""
+    from dvc.exceptions import DvcException
+
+    try:
+        with _dvc()(str(registry)) as repo:
+            repo.add(str(dataset.resolve()), out=str((registry / place).resolve()), to_remote=True, force=True)
+        for stray in (registry.parent / "remote" / "files" / "md5").glob(".*.tmp"):
+            stray.unlink()  # DVC leaves a second copy of what it moves straight to a local remote
+    except DvcException as error:
+        text = " ".join(str(error).split())[:160]
+        raise EnvironmentFault(f"{registry}: DVC cannot store the data set: {text}; check the remote and its free space") from None
+
+
+@contextlib.contextmanager
+def _locked(workspace: Path) -> Iterator[Path]:
+    """The registry's folder, for one process at a time."""
+    registry = workspace / "registry"
+    try:
+        registry.mkdir(parents=True, exist_ok=True)
+        with (workspace / "registry.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield registry
+    except OSError as error:
+        raise disk_fault(registry, error) from None
+
+
+def _dvc() -> Any:
+    """DVC's repository class, with its advice for people at a terminal switched off."""
+    import logging
+
+    from dvc.repo import Repo
+
+    logging.getLogger("dvc").setLevel(logging.WARNING)
+    return Repo
+
+
+def _has(registry: Path, tag: str) -> bool:
+    return bool((registry / ".git").is_dir() and tag in _git(registry, "tag", "--list").splitlines())
+
+
+def _git(registry: Path, *arguments: str) -> str:
+    """What git prints, run in the registry without the user's configuration, hooks or environment."""
+    plain: dict[str, Any] = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-C", str(registry), "-c", "core.hooksPath=/dev/null", "-c", "core.quotePath=false", *arguments]
+    try:
+        done = subprocess.run(command, env=plain | _IDENTITY | _PLAIN, capture_output=True, text=True, check=True)
+    except FileNotFoundError:
+        raise EnvironmentFault("git is not installed; the data registry needs it: install git") from None
+    except subprocess.CalledProcessError as error:
+        text = " ".join((error.stderr or error.stdout).split())[:160]
+        raise EnvironmentFault(f"{registry}: git {arguments[0]} failed: {text}; mend or remove the registry") from None
+    return done.stdout.strip()

@@ -1,0 +1,210 @@
+"""MLflow, behind one module: the model registry here, runs and live curves from `tracking_runs`, the store from `tracking_store`.
+
+No pickle is written or loaded, and nothing fetched is used before our own signature and digests are verified.
+"""
+
+import filecmp
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cbd.audit import LOG, load_public_key, locked, verify_log
+from cbd.bundle import CARD, WEIGHTS, bundle_digest, read_card
+from cbd.config import canonical_json
+from cbd.errors import ConfigError, DataError
+from cbd.files import replacing
+from components.decision import DECISION, SIGNATURE, read_decision
+from components.tracking_runs import LiveCurves, close_run, log_run, open_run, plain
+from components.tracking_store import LOCK, check_reachable, client, ignoring, shown, sqlite_file, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = [
+    "LiveCurves",
+    "champion_bundle",
+    "check_reachable",
+    "close_run",
+    "fetch_model",
+    "find_version",
+    "log_run",
+    "open_run",
+    "register_bundle",
+    "registered_name",
+    "set_alias",
+    "tracking_uri",
+]
+
+DEMANDED = {"champion": "PASS", "candidate": "REVIEW"}
+"""The verdict that the model behind an alias must have."""
+FILES = (WEIGHTS, CARD, DECISION, SIGNATURE)
+_MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
+
+
+def registered_name(name: str, class_names: Sequence[str]) -> str:
+    """The name in MLflow's registry: models of different classes never share one; raises ConfigError for a name MLflow cannot hold."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", name):
+        raise ConfigError(f"model name {name!r}: expected letters, digits, '_', '.' and '-'; give another --name")
+    return f"{name}-{hashlib.sha256(canonical_json(list(class_names))).hexdigest()[:8]}"
+
+
+def find_version(workspace: Path, name: str, tags: Mapping[str, str]) -> str | None:
+    """The version of `name` with the same model and decision digests, if there is one."""
+    wanted = ("cbd.model_digest", "cbd.decision_digest")
+    with client(workspace) as mlflow:
+        for version in mlflow.search_model_versions(f"name = '{plain(name)}'", max_results=1000):
+            if all(version.tags.get(key) == tags[key] for key in wanted):
+                return str(version.version)
+    return None
+
+
+def register_bundle(bundle: Path, decision: Path, *, workspace: Path, name: str, tags: Mapping[str, str]) -> str:
+    """The new version of `name` that holds the bundle and its signed decision; needs the tag `cbd.run_id`. Sets no alias.
+
+    Raises:
+        EnvironmentFault: MLflow is out of reach.
+    """
+    run = open_run(workspace, tags["cbd.run_id"])
+    with client(workspace) as mlflow, tempfile.TemporaryDirectory() as staging:
+        for source in (bundle / WEIGHTS, bundle / CARD, decision / DECISION, decision / SIGNATURE):
+            shutil.copyfile(source, Path(staging) / source.name)
+        experiment = mlflow.get_run(run).info.experiment_id
+        model = mlflow.create_logged_model(experiment, name=name, source_run_id=run, tags=dict(tags), model_type="safetensors bundle")
+        mlflow.log_model_artifacts(model.model_id, staging)
+        mlflow.finalize_logged_model(model.model_id, "READY")
+        with ignoring("RESOURCE_ALREADY_EXISTS"):
+            mlflow.create_registered_model(name)
+        version = mlflow.create_model_version(name, model.artifact_location, run, tags=dict(tags), model_id=model.model_id)
+        mlflow.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": json.dumps([{"name": name, "version": version.version}])})
+    return str(version.version)
+
+
+def set_alias(workspace: Path, name: str, alias: str, version: str) -> None:
+    """Points `alias` of the registered model to `version`."""
+    with client(workspace) as mlflow:
+        mlflow.set_registered_model_alias(name, alias, version)
+
+
+def champion_bundle(workspace: Path, name: str, class_names: Sequence[str]) -> tuple[Path, str] | None:
+    """The champion's verified bundle folder and its version; None where there is no champion yet.
+
+    Raises:
+        DataError: the champion is not what its signed decision says.
+        EnvironmentFault: MLflow is out of reach.
+    """
+    if not _has_store(workspace):
+        return None
+    full_name = registered_name(name, class_names)
+    with client(workspace) as mlflow:
+        version = _aliased_version(mlflow, full_name, "champion")
+    return (fetch_model(f"models:/{full_name}@champion", workspace), version) if version else None
+
+
+def fetch_model(uri: str, workspace: Path | str) -> Path:
+    """The folder of a verified bundle.
+
+    From the registry (`models:/<name>@<alias>` or `models:/<name>/<version>`) the bundle must be the one that its signed decision names,
+    an alias must be where the workspace's log last put it, and `champion` needs a PASS, `candidate` a REVIEW. A folder is checked
+    against its own card, and against the signed decision where one lies in it.
+
+    Raises:
+        DataError: no such model, or anything is not what the signed decision says.
+        EnvironmentFault: MLflow is out of reach.
+    """
+    place = Path(workspace)
+    if not uri.startswith("models:/"):
+        folder = Path(uri)
+        read_card(folder)
+        if (folder / DECISION).exists():
+            _verify_bundle(folder, place, None)
+        return folder
+    match = _MODEL_URI.fullmatch(uri)
+    if not match:
+        raise DataError(f"{uri!r}: expected models:/<name>@<alias> or models:/<name>/<version>")
+    if not _has_store(place):
+        raise DataError(f"{uri}: {shown(tracking_uri(place))} holds no model yet; give the workspace that registered it")
+    return _fetch_version(uri, match["name"], match["alias"], match["version"], place)
+
+
+def _fetch_version(uri: str, name: str, alias: str | None, version: str | None, workspace: Path) -> Path:
+    from mlflow.artifacts import download_artifacts
+
+    with client(workspace) as mlflow, tempfile.TemporaryDirectory() as staging:
+        if alias:
+            version = _aliased_version(mlflow, name, alias)
+        source = _source(mlflow, name, version) if version else None
+        if version is None or source is None:
+            raise DataError(f"{uri}: no such model in {shown(tracking_uri(workspace))}; look at its aliases and versions there")
+        if alias:
+            _check_alias(workspace, name, alias, version)
+        fetched = Path(download_artifacts(artifact_uri=source, dst_path=staging, tracking_uri=tracking_uri(workspace)))
+        staged = _take_bundle(fetched, Path(staging) / "bundle", uri)
+        target = workspace / "fetched" / _verify_bundle(staged, workspace, alias)
+        with locked(workspace / LOCK):
+            if not _same(target, staged):
+                with replacing(target) as temporary:
+                    shutil.copytree(staged, temporary)
+    return target
+
+
+def _take_bundle(fetched: Path, out: Path, uri: str) -> Path:
+    """A copy of exactly the bundle's and the decision's files; nobody else changes it between check and use."""
+    out.mkdir()
+    for name in FILES:
+        if not (fetched / name).is_file():
+            raise DataError(f"{uri}: {name} is missing in the registry; only a bundle with its signed decision is used, register it again")
+        shutil.copyfile(fetched / name, out / name)
+    return out
+
+
+def _verify_bundle(folder: Path, workspace: Path, alias: str | None) -> str:
+    """The decision's digest, after checking that the bundle in `folder` is the one that the signed decision beside it names."""
+    signed, card = read_decision(folder, workspace), read_card(folder)
+    digest, content = bundle_digest(folder), signed.content
+    if card.kind == "confounder":
+        raise DataError(f"{folder}: a confounder holds the backdoor by design and is never deployed; register the deconfounded model")
+    if digest != content["digests"]["model"]:
+        found = str(content["digests"]["model"])[:12]
+        raise DataError(f"{folder}: altered: the model is {digest[:12]}, its signed decision is about {found}; register the model again")
+    if alias and (content["trial"] or content["verdict"] != DEMANDED.get(alias)):
+        what = "a trial" if content["trial"] else f"verdict {content['verdict']}"
+        raise DataError(
+            f"{folder}: behind the alias {alias} stands {what}; expected {DEMANDED.get(alias)}, run the pipeline to set it again"
+        )
+    return signed.digest
+
+
+def _check_alias(workspace: Path, name: str, alias: str, version: str) -> None:
+    entries = verify_log(workspace / LOG, key=load_public_key(workspace))
+    logged = [e["data"] for e in entries if e["event"] == "register" and (e["data"].get("name"), e["data"].get("alias")) == (name, alias)]
+    told = str(logged[-1]["version"]) if logged else "none"
+    if told != version:
+        raise DataError(
+            f"models:/{name}@{alias} is version {version}, {LOG} last set {told}: the alias was moved; run the pipeline to set it again"
+        )
+
+
+def _same(target: Path, fetched: Path) -> bool:
+    return all((target / name).is_file() and filecmp.cmp(target / name, fetched / name, shallow=False) for name in FILES)
+
+
+def _aliased_version(mlflow: "MlflowClient", name: str, alias: str) -> str | None:
+    with ignoring("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        return str(mlflow.get_model_version_by_alias(name, alias).version)
+    return None
+
+
+def _source(mlflow: "MlflowClient", name: str, version: str) -> str | None:
+    with ignoring("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        return str(mlflow.get_model_version_download_uri(name, version))
+    return None
+
+
+def _has_store(workspace: Path) -> bool:
+    file = sqlite_file(tracking_uri(workspace))
+    return file is None or file.exists()

@@ -1,0 +1,139 @@
+"""Fourth step: the confounder and the pilot, and whether their two views tell a group of samples apart."""
+
+from pathlib import Path
+from typing import Any
+
+from kfp import dsl
+
+from cbd.config import Params
+from cbd.files import replacing, write_json
+from components.records import IMAGE
+from components.training import card_of, checkpoint_folder, live_curves, load, teller, write_history
+
+LOSSES = "losses.parquet"
+SEPARATION = "separation.json"
+
+
+def train_confounder(
+    dataset: Path, out: Path, *, params: Params, checkpoints: Path, tracked: tuple[str, str] | None = None
+) -> dict[str, Any]:
+    """Steps and separation of the confounder whose bundle, per-sample losses and curves this writes to the folder `out`.
+
+    Args:
+        dataset: the untrusted data set.
+        out: gets the bundle (never deployable), `losses.parquet`, `separation.json` and `history.jsonl`.
+        params: the seed and the sections `model` and `confounder`.
+        checkpoints: folder from which a killed training goes on.
+        tracked: workspace and run id of the live curves; None for none.
+
+    Raises:
+        DataError: the data set is missing or altered.
+    """
+    import contextlib
+
+    from cbd import confounder, pilot
+
+    data = load(dataset, params)
+    place = checkpoint_folder(checkpoints, data.info, params)
+    common: dict[str, Any] = {"num_classes": len(data.info.class_names), "params": params}
+    with live_curves(*tracked, "train_confounder", params) if tracked else contextlib.nullcontext() as curves:
+        found = confounder.train_confounder(
+            data.images,
+            data.labels,
+            checkpoint=place / "confounder.safetensors",
+            on_epoch=teller("train_confounder", curves, what="confounder"),
+            **common,
+        )
+        preferences = None
+        if params.confounder.pilot:
+            flown = pilot.train_pilot(
+                data.images,
+                data.labels,
+                found.losses,
+                checkpoint=place / "pilot.safetensors",
+                on_epoch=teller("train_confounder", curves, what="pilot"),
+                **common,
+            )
+            preferences = flown.preferences
+    with replacing(out) as temporary:
+        temporary.mkdir()
+        _write(temporary, found, preferences, data=data, params=params)
+        separation = _write_separation(temporary, found, preferences, data=data, params=params)
+    return {"steps": found.steps, "separated": separation["separated"], "gap": separation["gap"], "suspects": separation["suspects"]}
+
+
+def _write(folder: Path, found: Any, preferences: Any, *, data: Any, params: Params) -> None:
+    from cbd.models import save_bundle
+
+    save_bundle(found.model, card_of("confounder", data.info, params), folder)
+    write_history(folder / "history.jsonl", found.history)
+
+
+def _write_separation(folder: Path, found: Any, preferences: Any, *, data: Any, params: Params) -> dict[str, Any]:
+    """Writes what the two views say of every sample and of all together; returns the latter."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from cbd.evidence import Separation, histogram, separate
+
+    losses = found.losses.numpy().astype(np.float64)
+    if preferences is None:
+        separation, seen = Separation(None, None, None, np.zeros(len(losses))), np.full(len(losses), np.nan)
+    else:
+        seen = preferences.numpy().astype(np.float64)
+        separation = separate(losses, seen, seed=params.seed)
+    columns = {"sample_id": data.sample_ids, "confounder_loss": losses, "preference": seen, "posterior": separation.posterior}
+    pq.write_table(pa.table(columns), folder / LOSSES, compression="zstd")
+    told = {
+        "separated": separation.separated,
+        "gap": separation.gap,
+        "share": separation.share,
+        "suspects": int((separation.posterior > 0.5).sum()),
+        "threshold": None,
+        "steps": found.steps,
+        "curve": [],
+        "histogram": histogram(losses),
+    }
+    write_json(folder / SEPARATION, told)
+    return told
+
+
+if hasattr(dsl, "component"):  # inside a running task kfp loads only what a task needs, and this file is imported there, too
+
+    @dsl.component(base_image=IMAGE, install_kfp_package=False)
+    def train_confounder_step(
+        records: str,
+        workspace: str,
+        run_id: str,
+        seed: int,
+        preset: str,
+        model_params: dict,
+        confounder_params: dict,
+        dataset: dsl.Input[dsl.Dataset],
+        confounder: dsl.Output[dsl.Model],
+    ):
+        """Trains the confounder and the pilot.
+
+        Args:
+            records: prefix of the step records.
+            workspace: folder of checkpoints and tracking store.
+            run_id: names the run in the tracking server.
+            seed: seed of every generator.
+            preset: name of the preset.
+            model_params: section `model` of params.yaml.
+            confounder_params: section `confounder` of params.yaml.
+            dataset: the untrusted data set.
+            confounder: bundle, per-sample losses, separation and curves.
+        """
+        from pathlib import Path
+
+        from components.records import step
+        from components.train_confounder import train_confounder
+        from components.training import training_params
+
+        with step(records, "train_confounder") as outputs:
+            outputs["paths"] = {"confounder": confounder.path}
+            params = training_params(seed, preset, model_params, confounder=confounder_params)
+            made = {"params": params, "checkpoints": Path(workspace) / "checkpoints", "tracked": (workspace, run_id)}
+            outputs |= train_confounder(Path(dataset.path), Path(confounder.path), **made)

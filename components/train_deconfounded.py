@@ -1,0 +1,165 @@
+"""Fifth step: the deconfounded model, and the evidence on every sample."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kfp import dsl
+
+from cbd.bundle import bundle_digest
+from cbd.config import Params
+from cbd.errors import DataError
+from cbd.files import replacing
+from components.records import IMAGE
+from components.train_confounder import LOSSES, SEPARATION
+from components.training import Loaded, card_of, checkpoint_folder, live_curves, load, teller, write_history
+
+EVIDENCE = "evidence.parquet"
+
+
+def train_deconfounded(
+    dataset: Path,
+    confounder: Path,
+    *,
+    model: Path,
+    evidence: Path,
+    params: Params,
+    checkpoints: Path,
+    tracked: tuple[str, str] | None = None,
+) -> dict[str, Any]:
+    """Digest of the deconfounded model that this writes to the folder `model`; the evidence table goes to the folder `evidence`.
+
+    Args:
+        dataset: the untrusted data set.
+        confounder: folder that `train_confounder` wrote on the same data.
+        model: gets the bundle and `history.jsonl`.
+        evidence: gets `evidence.parquet`, one row per sample.
+        params: the seed and the sections `model` and `deconfounded`.
+        checkpoints: folder from which a killed training goes on.
+        tracked: workspace and run id of the live curves; None for none.
+
+    Raises:
+        DataError: the data set or the confounder is missing or altered, or they do not belong together.
+    """
+    import contextlib
+
+    from cbd.deconfounded import train_deconfounded as train
+    from cbd.models import save_bundle
+
+    data = load(dataset, params)
+    found, views = _stage_one(confounder, data)
+    place = checkpoint_folder(checkpoints, data.info, params)
+    with live_curves(*tracked, "train_deconfounded", params) if tracked else contextlib.nullcontext() as curves:
+        trained = train(
+            data.images,
+            data.labels,
+            found,
+            num_classes=len(data.info.class_names),
+            params=params,
+            checkpoint=place / f"deconfounded-{bundle_digest(confounder)[:16]}.safetensors",
+            on_epoch=teller("train_deconfounded", curves),
+        )
+    with replacing(model) as temporary:
+        save_bundle(trained.model, card_of("deconfounded", data.info, params), temporary)
+        write_history(temporary / "history.jsonl", trained.history)
+    with replacing(evidence) as temporary:
+        temporary.mkdir()
+        suspects = _write_evidence(temporary / EVIDENCE, trained, views, data)
+    return {"model_digest": bundle_digest(model), "suspects": suspects, "num_images": data.info.num_images}
+
+
+def _stage_one(confounder: Path, data: Loaded) -> tuple[Any, dict[str, Any]]:
+    """What stage 1 left behind, as stage 2 uses it, and its per-sample columns."""
+    import numpy as np
+    import pyarrow.parquet as pq
+    import torch
+
+    from cbd.deconfounded import Evidence
+    from cbd.models import load_model
+
+    network, card = load_model(confounder)
+    if card.kind != "confounder" or card.data_digest != data.info.digest:
+        raise DataError(
+            f"{confounder}: a {card.kind} of data set {card.data_digest[:12]}, expected a confounder of {data.info.digest[:12]}; train one"
+        )
+    views = {name: np.array(column) for name, column in pq.read_table(confounder / LOSSES).to_pydict().items()}
+    if views["sample_id"].tolist() != data.sample_ids:
+        raise DataError(f"{confounder / LOSSES}: holds other samples than the data set; train the confounder again")
+    device = data.images.device
+    weights = torch.from_numpy((1 - views["posterior"]).astype(np.float32)).to(device)
+    return Evidence(network.to(device), torch.from_numpy(views["confounder_loss"].astype(np.float32)).to(device), weights), views
+
+
+def _write_evidence(path: Path, trained: Any, views: dict[str, Any], data: Loaded) -> int:
+    """Writes the evidence table; returns how many samples are suspects."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from cbd.evidence import rank_samples
+
+    suspect = views["posterior"] > 0.5
+    preferences = np.nan_to_num(views["preference"], nan=1.0)
+    table = {
+        "sample_id": data.sample_ids,
+        "label": data.labels.cpu().numpy(),
+        "predicted": trained.predicted.numpy(),
+        "confounder_loss": views["confounder_loss"],
+        "final_loss": trained.final_losses.numpy().astype(np.float64),
+        "sample_weight": trained.sample_weights.numpy().astype(np.float64),
+        "rank": rank_samples(views["posterior"], views["confounder_loss"], preferences),
+        "suspect": suspect,
+    }
+    pq.write_table(pa.table(table), path, compression="zstd")
+    return int(suspect.sum())
+
+
+def read_separation(confounder: Path) -> dict[str, Any]:
+    """What the confounder's folder says of its separation."""
+    told: dict[str, Any] = json.loads((confounder / SEPARATION).read_text())
+    return told
+
+
+if hasattr(dsl, "component"):  # inside a running task kfp loads only what a task needs, and this file is imported there, too
+
+    @dsl.component(base_image=IMAGE, install_kfp_package=False)
+    def train_deconfounded_step(
+        records: str,
+        workspace: str,
+        run_id: str,
+        seed: int,
+        preset: str,
+        model_params: dict,
+        deconfounded_params: dict,
+        dataset: dsl.Input[dsl.Dataset],
+        confounder: dsl.Input[dsl.Model],
+        model: dsl.Output[dsl.Model],
+        evidence: dsl.Output[dsl.Artifact],
+    ):
+        """Trains the deconfounded model.
+
+        Args:
+            records: prefix of the step records.
+            workspace: folder of checkpoints and tracking store.
+            run_id: names the run in the tracking server.
+            seed: seed of every generator.
+            preset: name of the preset.
+            model_params: section `model` of params.yaml.
+            deconfounded_params: section `deconfounded` of params.yaml.
+            dataset: the untrusted data set.
+            confounder: what stage 1 left behind.
+            model: the deconfounded model's bundle.
+            evidence: the table of all samples.
+        """
+        from pathlib import Path
+
+        from components.records import step
+        from components.train_deconfounded import train_deconfounded
+        from components.training import training_params
+
+        with step(records, "train_deconfounded") as outputs:
+            outputs["paths"] = {"model": model.path, "evidence": evidence.path}
+            params = training_params(seed, preset, model_params, deconfounded=deconfounded_params)
+            made = {"params": params, "checkpoints": Path(workspace) / "checkpoints", "tracked": (workspace, run_id)}
+            out = {"model": Path(model.path), "evidence": Path(evidence.path)}
+            outputs |= train_deconfounded(Path(dataset.path), Path(confounder.path), **out, **made)

@@ -1,0 +1,125 @@
+"""Second step: a checked-in Great Expectations suite on the data set's manifest. Critical failures stop the run, warnings are told."""
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from kfp import dsl
+
+from cbd.dataset import DatasetInfo, read_manifest, verify_dataset
+from cbd.errors import DataError
+from cbd.files import replacing, sha256_file, write_json
+from cbd.images import extension_matches
+from components.records import IMAGE
+
+SUITE = Path(__file__).parent.parent / "data" / "suites" / "delivery.json"
+
+
+def validate(dataset: Path, out: Path, *, trusted_set: Path) -> dict[str, Any]:
+    """Whether the data set passed, with one sentence per critical failure and per warning; the whole goes to `out/validation.json`.
+
+    An altered shard is a critical failure: then nothing else is looked at.
+
+    Raises:
+        DataError: the data set's own description is missing or altered.
+    """
+    try:
+        info, trusted_info = verify_dataset(dataset), verify_dataset(trusted_set)
+    except DataError as error:
+        checks = [{"name": "shards_match_description", "column": None, "severity": "critical", "success": False, "sentence": str(error)}]
+        digests: dict[str, Any] = {"data_digest": None, "trusted_digest": None, "num_images": None}
+    else:
+        frame = _manifest_frame(dataset, info, trusted_set, trusted_info)
+        checks = _run_suite(frame)
+        digests = {"data_digest": info.digest, "trusted_digest": trusted_info.digest, "num_images": info.num_images}
+    failed = {kind: [c["sentence"] for c in checks if not c["success"] and c["severity"] == kind] for kind in ("critical", "warning")}
+    result = {"passed": not failed["critical"], "critical": failed["critical"], "warnings": failed["warning"]}
+    suite = {"name": SUITE.stem, "sha256": sha256_file(SUITE)}
+    with replacing(out) as temporary:
+        temporary.mkdir()
+        write_json(temporary / "validation.json", {"schema_version": 1, **result, "checks": checks, "suite": suite, **digests})
+    return result | {"num_checks": len(checks), "paths": {"validation": str(out)}}
+
+
+def _manifest_frame(dataset: Path, info: DatasetInfo, trusted_set: Path, trusted_info: DatasetInfo) -> Any:
+    """The manifest as a pandas frame, with what the suite cannot compute added as columns."""
+    frame = read_manifest(dataset).to_pandas()
+    trusted_digests = read_manifest(trusted_set)["pixel_digest"].to_pandas().value_counts()
+    counts = frame["label"].value_counts()
+    frame["label_is_known"] = frame["label"].between(0, len(info.class_names) - 1)
+    frame["class_images"] = frame["label"].map(counts)
+    frame["class_share"] = frame["class_images"] / max(1, len(frame))
+    frame["classes_match_trusted"] = info.class_names == trusted_info.class_names
+    frame["num_empty_classes"] = sum(here == 0 < there for here, there in zip(info.class_counts, trusted_info.class_counts, strict=False))
+    frame["num_copies_in_trusted"] = frame["pixel_digest"].map(trusted_digests).fillna(0).astype(int)
+    frame["smaller_side"] = np.minimum(frame["width"], frame["height"])
+    frame["aspect_ratio"] = np.maximum(frame["width"], frame["height"]) / np.maximum(1, frame["smaller_side"])
+    paths = [path if isinstance(path, str) else "" for path in frame["original_path"]]
+    frame["extension_matches"] = [extension_matches(path, format) for path, format in zip(paths, frame["format"], strict=True)]
+    frame["path_is_plain"] = [path.isprintable() for path in paths]
+    return frame
+
+
+def _run_suite(frame: Any) -> list[dict[str, Any]]:
+    """The outcome of every expectation of the suite on the frame, in the suite's order; its sentence tells one from the others."""
+    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
+    logging.getLogger("great_expectations").setLevel(logging.WARNING)
+    import great_expectations as gx
+    from great_expectations.data_context.types.base import ProgressBarsConfig
+
+    context = gx.get_context(mode="ephemeral")
+    context.variables.progress_bars = ProgressBarsConfig(globally=False)
+    asset = context.data_sources.add_pandas("data set").add_dataframe_asset("manifest")
+    batch = asset.add_batch_definition_whole_dataframe("all").get_batch({"dataframe": frame})
+    values = json.loads(SUITE.read_text())
+    suite = gx.ExpectationSuite(name=values["name"], expectations=values["expectations"], meta=values["meta"])
+    results = {result.expectation_config.meta["sentence"]: result for result in batch.validate(suite).results}
+    return [_check(item, results[item["meta"]["sentence"]]) for item in values["expectations"]]
+
+
+def _check(expectation: dict[str, Any], result: Any) -> dict[str, Any]:
+    """One expectation's outcome in plain values; never a supplier's text."""
+    found, total = result.result.get("unexpected_count"), result.result.get("element_count")
+    sentence = expectation["meta"]["sentence"]
+    if not result.success and found is not None and total is not None:
+        sentence = f"{found} of {total} images: {sentence}"
+    observed = result.result.get("observed_value")
+    finite = isinstance(observed, int | float) and math.isfinite(observed)
+    return {
+        "name": expectation["type"].removeprefix("expect_"),
+        "column": expectation["kwargs"].get("column"),
+        "severity": expectation["severity"],
+        "success": bool(result.success),
+        "unexpected_count": None if found is None else int(found),
+        "num_images": None if total is None else int(total),
+        "observed": observed if finite else None,
+        "sentence": sentence,
+    }
+
+
+if hasattr(dsl, "component"):  # inside a running task kfp loads only what a task needs, and this file is imported there, too
+
+    @dsl.component(base_image=IMAGE, install_kfp_package=False)
+    def validate_step(
+        records: str, dataset: dsl.Input[dsl.Dataset], trusted_set: dsl.Input[dsl.Dataset], validation: dsl.Output[dsl.Artifact]
+    ) -> bool:
+        """Validates a data set; the unnamed output says whether it passed.
+
+        Args:
+            records: prefix of the step records.
+            dataset: the data set.
+            trusted_set: the trusted set.
+            validation: the result of every check.
+        """
+        from pathlib import Path
+
+        from components.records import step
+        from components.validate import validate
+
+        with step(records, "validate") as outputs:
+            outputs |= validate(Path(dataset.path), Path(validation.path), trusted_set=Path(trusted_set.path))
+        return outputs["passed"]

@@ -1,0 +1,1 @@
+"""Wiring: the pipelines, the local runner and the command line. Nothing is computed here."""

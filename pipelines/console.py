@@ -1,0 +1,77 @@
+"""What a command prints when it is done: a few plain lines, or one JSON object."""
+
+import json
+from typing import Any
+
+from pipelines.outcome import EXIT_CODES
+from pipelines.progress import printable
+
+
+def tell_result(result: dict[str, Any], as_json: bool, *, following: str | None = None) -> int:
+    """Prints the result of a run; returns the exit code that its verdict stands for."""
+    if as_json:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        for line in _lines(result):
+            print(printable(line))
+        print(f"next: {following or _following(result)}")
+    return EXIT_CODES[result["verdict"]]
+
+
+def tell_outputs(outputs: dict[str, Any], as_json: bool, following: str, *, table: str | None = None) -> int:
+    """Prints what a single step came to, or the rows of `outputs[table]`; returns 0."""
+    if as_json:
+        print(json.dumps(outputs, allow_nan=False))
+        return 0
+    if table:
+        rows = outputs[table]
+        print("  ".join(rows[0]) if rows else f"no {table}")
+        for row in rows:
+            print(printable("  ".join(_short(value) for value in row.values())))
+    else:
+        for name, value in outputs.items():
+            print(printable(f"{name}: {_short(value)}"))
+    print(f"next: {following}")
+    return 0
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    data, model = result["data"], result["model"]
+    lines = [str(result["sentence"] or result["verdict"])]
+    if result["clean_accuracy"]:
+        lines.append(f"clean accuracy: {_rate(result['clean_accuracy'])}")
+    lines += [f"attack success, {attack}: {_rate(measured)}" for attack, measured in result["attack_success_rate"].items()]
+    if result["baseline"]:
+        lines.append(f"without defence: {', '.join(f'{name.upper()} {_percent(value)}' for name, value in result['baseline'].items())}")
+    counts = ", ".join(f"{data[key]} {key}" for key in ("delivered", "accepted", "duplicates", "quarantined"))
+    lines.append(f"data: {counts}; digest {_short(data['digest'])}")
+    if model["version"]:
+        alias = f", alias {model['alias']}" if model["alias"] else ", no alias"
+        lines.append(f"model: {model['name']} version {model['version']}{alias}; digest {_short(model['digest'])}")
+    return [*lines, f"took: {sum(result['seconds'].values()):.0f} s", f"report: {result['report']}"]
+
+
+def _following(result: dict[str, Any]) -> str:
+    model = result["model"]
+    if model["alias"]:
+        return f"cbd predict models:/{model['name']}@{model['alias']} --workspace {result['workspace']} --data IMAGES --out predictions.parquet"
+    return f"cbd suspects {result['run_dir']}"
+
+
+def _rate(measured: dict[str, Any]) -> str:
+    if measured["rate"] is None:
+        return "not measured (no images)"
+    bounds = f"{_percent(measured['low'])} to {_percent(measured['high'])}"
+    return f"{_percent(measured['rate'])} ({measured['k']} of {measured['n']}; {bounds})"
+
+
+def _percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{100 * value:.1f} %"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+    is_digest = len(text) == 64 and all(char in "0123456789abcdef" for char in text)
+    return text[:12] if is_digest else text

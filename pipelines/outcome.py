@@ -1,0 +1,116 @@
+"""What came of a run: read from its records, and turned into an exit code and one JSON object."""
+
+from pathlib import Path
+from typing import Any
+
+from cbd.errors import CbdError, DataError
+from cbd.files import write_json
+from components.records import read_records
+from pipelines.progress import STEPS
+
+EXIT_CODES = {"PASS": 0, "REVIEW": 10, "BLOCK": 11, "INCONCLUSIVE": 12, "INVALID": 13, "NOTHING_NEW": 14}
+
+
+class RunFailed(CbdError):
+    """A step failed or was killed; the message and exit code are the step's own where it told them."""
+
+    def __init__(self, message: str, run_dir: Path, *, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.run_dir = run_dir
+        self.exit_code = exit_code
+
+
+def find_run(run: str, workspace: Path) -> Path:
+    """The folder of a run, given its id or the folder itself.
+
+    Raises:
+        DataError: there is no such run.
+    """
+    for folder in (Path(run), workspace / "runs" / run):
+        if (folder / "records").is_dir():
+            return folder.resolve()
+    known = sorted((path.name for path in (workspace / "runs").glob("*")), reverse=True)[:1]
+    hint = f"the latest in {workspace} is {known[0]}" if known else f"{workspace} holds no run; name another with --workspace"
+    raise DataError(f"{run}: no such run; {hint}")
+
+
+def find_artifact(run_dir: Path, step: str, artifact: str) -> Path:
+    """The folder in which a step of a run left an artifact.
+
+    Raises:
+        DataError: the step did not get that far.
+    """
+    record = read_records(str(run_dir / "records")).get(step, {})
+    path = record.get("outputs", {}).get("paths", {}).get(artifact)
+    if not path or not Path(path).exists():
+        raise DataError(
+            f"{run_dir}: step {step} left no {artifact} (it {record.get('status', 'did not run')}); see {run_dir / 'report.html'}"
+        )
+    return Path(path)
+
+
+def finish(run_dir: Path, succeeded: bool) -> dict[str, Any]:
+    """The result of a run whose pipeline has ended (see `write_result`). The report is made here if its own step could not make it.
+
+    Args:
+        run_dir: the run's folder.
+        succeeded: what `local.run` returned.
+
+    Raises:
+        RunFailed: a step failed or was killed, the wrong branch ran, or the runner broke down.
+    """
+    if not (run_dir / "report.html").is_file():
+        write_report(run_dir)
+    _raise_failure(run_dir, succeeded)
+    result = write_result(run_dir)
+    if result["alarms"] or result["stopped"] or result["verdict"] not in EXIT_CODES:
+        reasons = [*result["alarms"], *result["stopped"].values(), "the pipeline ended without a verdict"]
+        raise RunFailed(f"the run cannot be relied on: {reasons[0]}", run_dir)
+    return result
+
+
+def write_result(run_dir: Path) -> dict[str, Any]:
+    """What the run came to, also written to `result.json`; rates of confounder and baseline are bare fractions there."""
+    from components.summary import summary
+
+    records = str(run_dir / "records")
+    result = _plain(summary(records, run_dir)) | {"report": str(run_dir / "report.html"), "workspace": str(run_dir.parent.parent)}
+    result["model"]["name"] = read_records(records).get("register", {}).get("outputs", {}).get("name")
+    write_json(run_dir / "result.json", result)
+    return result
+
+
+def write_report(run_dir: Path) -> Path:
+    """The page of a run, written from its records."""
+    from components.report import report
+
+    page = run_dir / "report.html"
+    report(str(run_dir / "records"), page, workspace=str(run_dir.parent.parent))
+    write_result(run_dir)
+    return page
+
+
+def _raise_failure(run_dir: Path, succeeded: bool) -> None:
+    """Raises what the first failed step said."""
+    records, log = read_records(str(run_dir / "records")), run_dir / "pipeline.log"
+    for name in STEPS:
+        record = records.get(name, {"status": "absent"})
+        if record["status"] == "failed":
+            error = record["error"]
+            if "traceback" not in error:
+                raise RunFailed(error["message"], run_dir, exit_code=error["exit_code"])
+            raise RunFailed(f"step {name} failed: {error['type']}: {error['message']}; see {log}", run_dir)
+        if record["status"] == "running":
+            raise RunFailed(f"step {name} was killed before it finished; run again to resume, or see {log}", run_dir)
+    if not succeeded:
+        raise RunFailed(f"the pipeline runner failed; see the end of {log}", run_dir)
+
+
+def _plain(result: dict[str, Any]) -> dict[str, Any]:
+    """The result with the rates of confounder and baseline as fractions; their counts stay in `evaluation.json`."""
+    fractions = {key: {name: _fraction(value) for name, value in result[key].items()} for key in ("confounder", "baseline") if result[key]}
+    return result | fractions
+
+
+def _fraction(value: Any) -> Any:
+    return value["rate"] if isinstance(value, dict) else value

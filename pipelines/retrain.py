@@ -1,0 +1,136 @@
+"""The production pipeline: one definition for the embedded runner and for a Kubeflow Pipelines cluster.
+
+What shapes it, all tried on kfp 2.17.0:
+* Conditions look only at unnamed outputs of deciding steps (a bool, a str of a fixed set): the local runner skips a bare condition on a
+  named output without a word, and it evaluates conditions as text.
+* An exit task gets no outputs of other tasks, so every step leaves a record under `records`, and the report checks there that the branch
+  which the verdict demands really ran.
+* Nothing outside an If can read an artifact from inside it. So `train_undefended` stands outside and does nothing unless it is asked to.
+* A dict parameter turns ints into floats and holds no null, so each step checks its section again.
+* Nothing is cached: KFP's cache looks at names and parameters, not at content, and a cached step would leave no record in this run.
+"""
+
+from kfp import dsl
+
+from components.decide import decide_step, refuse_step
+from components.evaluate import evaluate_step
+from components.ingest import ingest_step
+from components.register import register_step
+from components.report import report_step
+from components.train_confounder import train_confounder_step
+from components.train_deconfounded import train_deconfounded_step
+from components.train_undefended import train_undefended_step
+from components.validate import validate_step
+from components.version import version_step
+
+
+def uncached(task: dsl.PipelineTask) -> dsl.PipelineTask:
+    """The task, which runs every time."""
+    return task.set_caching_options(False)
+
+
+def on_gpu(task: dsl.PipelineTask) -> dsl.PipelineTask:
+    """The task, which asks a cluster for one GPU; the embedded runner takes what the machine has."""
+    return uncached(task).set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(1)
+
+
+@dsl.pipeline(name="retrain", description="From a delivery of untrusted images to a verdict, a model and evidence.")
+def retrain(
+    data: str,
+    trusted: str,
+    records: str,
+    run_id: str,
+    workspace: str,
+    name: str,
+    supplier: str,
+    ingest: dict,
+    model: dict,
+    confounder: dict,
+    deconfounded: dict,
+    gate: dict,
+    poison: dict,
+    limit: int = 0,
+    truth: str = "",
+    baseline: bool = False,
+    seed: int = 0,
+    preset: str = "cbd",
+):
+    """Takes a delivery in, trains, attacks and measures a model, decides on it and registers it as the decision demands.
+
+    Args:
+        data: delivery; local path or s3://bucket/prefix.
+        trusted: trusted set that does not come from the supplier.
+        records: prefix under which every step leaves its record.
+        run_id: names the run in the tracking server and in the decision.
+        workspace: folder of the data registry, the tracking store, the audit log and the keys.
+        name: name of the registered model, before the digest of its class list.
+        supplier: who delivered the data.
+        ingest: section of params.yaml.
+        model: section of params.yaml.
+        confounder: section of params.yaml.
+        deconfounded: section of params.yaml.
+        gate: section of params.yaml, the policy.
+        poison: section of params.yaml; an attack makes the run a trial.
+        limit: take in at most so many images; 0 is all.
+        truth: folder with the ground truth of a poisoned delivery, for measuring only; empty is none.
+        baseline: also train without defence on the same data.
+        seed: seed of every generator.
+        preset: name of the preset that the sections came from.
+    """
+    run = {"records": records, "workspace": workspace, "run_id": run_id}
+    report = uncached(report_step(**run))
+    with dsl.ExitHandler(report, name="run"):
+        taken = uncached(
+            ingest_step(
+                data=data,
+                trusted=trusted,
+                records=records,
+                supplier=supplier,
+                limit=limit,
+                truth_source=truth,
+                seed=seed,
+                params=ingest,
+                poison=poison,
+            )
+        ).outputs
+        dataset = taken["dataset"]
+        sets = {"dataset": dataset, "trusted_set": taken["trusted_set"]}
+        validated = uncached(validate_step(records=records, **sets)).outputs
+        judged = {"policy": gate, "validation": validated["validation"], **sets, **run}
+        with dsl.If(validated["Output"] == True, name="usable"):
+            versioned = uncached(version_step(records=records, dataset=dataset, workspace=workspace, supplier=supplier))
+            training = {"dataset": dataset, "seed": seed, "preset": preset, "model_params": model, **run}
+            caught = on_gpu(train_confounder_step(confounder_params=confounder, **training)).after(versioned).outputs["confounder"]
+            trained = on_gpu(train_deconfounded_step(deconfounded_params=deconfounded, confounder=caught, **training)).outputs
+            undefended = on_gpu(train_undefended_step(enabled=baseline, deconfounded_params=deconfounded, **training)).after(versioned)
+            evaluation = on_gpu(
+                evaluate_step(
+                    name=name,
+                    seed=seed,
+                    gate=gate,
+                    truth=taken["truth"],
+                    confounder=caught,
+                    model=trained["model"],
+                    evidence=trained["evidence"],
+                    undefended=undefended.outputs["model"],
+                    **sets,
+                    **run,
+                )
+            ).outputs["evaluation"]
+            decided = uncached(decide_step(evaluation=evaluation, model=trained["model"], **judged)).outputs
+            registered = {
+                "name": name,
+                "revision": versioned.outputs["revision"],
+                "model": trained["model"],
+                "decision": decided["decision"],
+                "evidence": trained["evidence"],
+                **run,
+            }
+            with dsl.If(decided["Output"] == "PASS", name="passed"):
+                uncached(register_step(branch="promote", **registered))
+            with dsl.Elif(decided["Output"] == "REVIEW", name="to-review"):
+                uncached(register_step(branch="hold", **registered))
+            with dsl.Else(name="not-passed"):
+                uncached(register_step(branch="record", **registered))
+        with dsl.Else(name="unusable"):
+            uncached(refuse_step(**judged))

@@ -1,0 +1,81 @@
+"""Fixtures that several test modules share."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cbd.rates import rate
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TRIGGERS = (
+    ("white-top-left", "patch"),
+    ("white-top-right", "patch"),
+    ("white-bottom-left", "patch"),
+    ("white-bottom-right", "patch"),
+    ("white-centre", "patch"),
+    ("checker-corner", "patch"),
+    ("blend-0.1", "blend"),
+    ("blend-0.2", "blend"),
+)
+
+
+@pytest.fixture
+def torch_one_thread() -> Iterator[None]:
+    """One torch thread for the length of a test."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh MLflow store whose migrations have run, to be copied to `<workspace>/mlflow.db`: making one costs seconds."""
+    from components.tracking_store import make_store
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    make_store(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_evaluation() -> Callable[..., dict[str, Any]]:
+    """A function that makes the content of an `evaluation.json` of a harmless model of four classes, or of a worse one."""
+
+    def make(num_images: int = 1200, right: int | None = None, **changes: Any) -> dict[str, Any]:
+        """`turned={trigger: (target, k)}` makes triggers work; `null={trigger: rate}`; other keywords replace whole keys."""
+        turned, nulls = changes.pop("turned", {}), changes.pop("null", {})
+        n = num_images * 3 // 4
+        battery = []
+        for trigger, family in TRIGGERS:
+            target, k = turned.get(trigger, (0, 0))
+            targets = [{"target": index, "k": k if index == target else 0, "n": n} for index in range(4)]
+            counts = {"trigger": trigger, "family": family, "target": target, **rate(k, n)}
+            null = nulls.get(trigger)
+            battery.append({**counts, "null": null, "null_members": None if null is None else 20, "targets": targets})
+        k = num_images * 97 // 100 if right is None else right
+        evaluation = {
+            "schema_version": 1,
+            "model_digest": "a" * 64,
+            "data_digest": "b" * 64,
+            "trusted_digest": "c" * 64,
+            "num_images": num_images,
+            "class_names": ["ant", "bee", "cat", "dog"],
+            "clean_accuracy": rate(k, num_images),
+            "per_class": [],
+            "champion": None,
+            "battery": battery,
+            "attack_success_rate": {"badnets": rate(0, n)},
+            "confounder": {"steps": 800, "separated": True, "gap": 2.5, "asr": rate(n - 1, n)},
+            "detection": None,
+            "baseline": None,
+        }
+        return {**evaluation, **changes}
+
+    return make

@@ -1,0 +1,234 @@
+"""Runs on disk as the pipeline leaves them, small and made by hand: what the tests of the report read."""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from cbd.config import canonical_json
+from cbd.dataset import Truth, make_row, to_batches, write_dataset, write_truth
+from cbd.files import write_json
+from cbd.rates import rate
+
+CLASSES = ("zero", "one", "two", "three")
+POISONED = 12
+
+
+def solid(colour: tuple[int, int, int], side: int = 32) -> bytes:
+    """An image of one colour as PNG bytes."""
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def colours(num: int) -> list[tuple[int, int, int]]:
+    """Distinct saturated colours that a page does not use by itself."""
+    return [(255 - 5 * (i % 24), 0 if i < 24 else 120, 130 + 5 * (i % 24)) for i in range(num)]
+
+
+def make_run(run: Path, *, verdict: str = "PASS", class_names: tuple[str, ...] = CLASSES, pictures: list[bytes] | None = None) -> str:
+    """The records folder of a finished run under `run`: 60 or more images, 12 of them poisoned, 3 refused."""
+    pictures = pictures or [solid(colour) for colour in colours(48)] + [solid((i, 90, 20)) for i in range(12)]
+    kfp = run / "kfp"
+    rows = [make_row(data, label=i % len(class_names), original_path=f"{i:03d}.png", source="acme") for i, data in enumerate(pictures)]
+    info = write_dataset(kfp / "dataset", to_batches(rows), class_names=class_names, supplier="acme")
+    roles = ["poison" if i < POISONED else "clean" for i in range(len(rows))]
+    ids = [row.sample_id for row in rows]
+    write_truth(kfp / "truth", Truth("badnets", 0, 0.1, {"size": 3}, ids, roles, [row.label for row in rows]))
+    _write_quarantine(kfp / "quarantine")
+    _write_training(kfp, ids, [row.label for row in rows], num_classes=len(class_names))
+    write_json(kfp / "evaluation" / "evaluation.json", evaluation(class_names))
+    decided = write_decision(kfp / "decision", verdict)
+    _write_records(run / "records", kfp, info.digest, verdict=verdict, decided=decided, accepted=len(rows), class_names=class_names)
+    return str(run / "records")
+
+
+def edit_record(records: str, step: str, **changes: Any) -> None:
+    """Lays `changes` over a record; those named `outputs` are laid over its outputs."""
+    path = Path(records) / f"{step}.json"
+    record = json.loads(path.read_text())
+    outputs = record.get("outputs", {}) | changes.pop("outputs", {})
+    write_json(path, record | changes | {"outputs": outputs})
+
+
+def fail_record(records: str, step: str, **error: Any) -> None:
+    """Makes a record say `failed` with `error`, or `running` (killed) without one; steps after it lose their records."""
+    names = list(STEPS)
+    record: dict[str, Any] = {"step": step, "status": "failed" if error else "running", "started": 1.0, "import_seconds": 0.5}
+    write_json(Path(records) / f"{step}.json", record | ({"error": error, "seconds": 2.0} if error else {}))
+    for name in names[names.index(step) + 1 :]:
+        (Path(records) / f"{name}.json").unlink(missing_ok=True)
+
+
+STEPS = ["ingest", "validate", "version", "train_confounder", "train_deconfounded", "evaluate", "decide", "register"]
+TRIGGERS = [
+    "white-corner-1",
+    "white-corner-2",
+    "white-corner-3",
+    "white-corner-4",
+    "white-centre",
+    "checker",
+    "blend-0.1",
+    "blend-0.2",
+    "sinusoid",
+    "low-frequency",
+    "warp",
+    "colour-filter",
+]
+
+
+def evaluation(class_names: tuple[str, ...]) -> dict[str, Any]:
+    """An `evaluation.json` with known figures: CA 681 of 700, ASR 6 of 628, confounder 622 of 628."""
+    battery = []
+    for i, name in enumerate(TRIGGERS):
+        excess, null = rate(2 + i, 620), 0.004 + 0.003 * i
+        battery.append(
+            {"trigger": name, "family": name.split("-")[0], "target": i % len(class_names), "null": null, "null_members": 20} | excess
+        )
+    n = 700 // len(class_names)
+    per_class = [{"class_name": name, "k": n - i, "n": n, "rate": (n - i) / n} for i, name in enumerate(class_names)]
+    return {
+        "schema_version": 1,
+        "model_digest": "ab" * 32,
+        "data_digest": "cd" * 32,
+        "trusted_digest": "ef" * 32,
+        "num_images": 700,
+        "class_names": list(class_names),
+        "clean_accuracy": rate(681, 700),
+        "per_class": per_class,
+        "champion": None,
+        "battery": battery,
+        "attack_success_rate": {"badnets": rate(6, 628)} | {row["trigger"]: rate(row["k"], row["n"]) for row in battery},
+        "confounder": {"steps": 800, "separated": True, "gap": 2.31, "asr": rate(622, 628)},
+        "detection": {"auroc": 0.998, "average_precision": 0.99, "tpr_at_1_percent_fpr": 0.97},
+        "baseline": {"ca": rate(690, 700), "asr": rate(628, 628)},
+    }
+
+
+def write_decision(folder: Path, verdict: str) -> str:
+    """The digest of the decision that this writes."""
+    checks = [
+        {"check": "E", "name": "clean accuracy", "result": "PASS", "threshold": 0.93, "value": 681 / 700}
+        | _bounds(681, 700, "accurate enough"),
+        {
+            "check": "separation",
+            "name": "confounder",
+            "value": 2.31,
+            "threshold": 1.0,
+            "result": "PASS",
+            "sentence": "A tight low-loss group separated.",
+        },
+    ]
+    for i, name in enumerate(TRIGGERS):
+        result = verdict if i == 0 else "PASS"
+        said = f"At most {100 * rate(2 + i, 620)['high']:.1f} % of images turn because of {name}."
+        checks.append({"check": "B", "name": name, "result": result, "threshold": 0.06, "value": (2 + i) / 620} | _bounds(2 + i, 620, said))
+    decision = {
+        "schema_version": 1,
+        "run_id": "run-1",
+        "created": "2025-01-01T00:00:00Z",
+        "verdict": verdict,
+        "sentence": "No tested trigger works on this model beyond what harmless changes do, and it is accurate enough.",
+        "checks": checks,
+        "trial": False,
+        "policy": {"min_clean_accuracy": 0.93, "confidence": 0.95, "max_excess_asr": 0.05},
+        "policy_sha256": "12" * 32,
+        "digests": {"data": "cd" * 32, "model": "ab" * 32, "trusted": "ef" * 32, "evaluation": "34" * 32, "validation": "56" * 32},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "decision.json").write_bytes(canonical_json(decision))
+    (folder / "decision.sig").write_text("c2lnbmVk")
+    return hashlib.sha256(canonical_json(decision)).hexdigest()
+
+
+def _bounds(k: int, n: int, sentence: str) -> dict[str, Any]:
+    found = rate(k, n)
+    return {"k": k, "n": n, "low": found["low"], "high": found["high"], "sentence": sentence}
+
+
+def _write_quarantine(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    rows = [("truncated", "one/cut.png"), ("decompression-bomb", "two/bomb.png"), ("truncated", "zero/half.jpg")]
+    columns = {
+        "original_path": [path for _, path in rows],
+        "label_name": ["one", "two", None],
+        "reason": [reason for reason, _ in rows],
+        "detail": ["PNG ends too early after 120 bytes", "the header announces 90000 x 90000 pixels", "JPEG ends too early"],
+        "num_bytes": [120, 4096, 2_400_000],
+        "sha256": ["aa", "bb", None],
+        "image": pa.array([b"x", None, None], pa.binary()),
+    }
+    pq.write_table(pa.table(columns), folder / "quarantine.parquet")
+    write_json(folder / "summary.json", {"delivered": 64, "accepted": 60, "duplicates": 1, "quarantined": 3, "reasons": {"truncated": 2}})
+
+
+def _write_training(kfp: Path, ids: list[str], labels: list[int], *, num_classes: int) -> None:
+    generator = np.random.default_rng(0)
+    poisoned = np.arange(len(ids)) < POISONED
+    losses = np.where(poisoned, generator.lognormal(-6, 0.5, len(ids)), generator.lognormal(-1, 0.8, len(ids)))
+    weight = np.clip(np.where(poisoned, 0.02, 0.97) + generator.normal(0, 0.01, len(ids)), 0, 1)
+    predicted = [(label + 1) % num_classes if poison else label for label, poison in zip(labels, poisoned, strict=True)]
+    rank = np.argsort(np.argsort(np.arange(len(ids))))
+    columns = {
+        "sample_id": ids,
+        "label": labels,
+        "predicted": predicted,
+        "confounder_loss": losses,
+        "final_loss": losses,
+        "sample_weight": weight,
+    }
+    for name in ("confounder", "model", "evidence"):
+        (kfp / name).mkdir()
+    pq.write_table(pa.table(columns | {"rank": rank, "suspect": poisoned}), kfp / "evidence" / "evidence.parquet")
+    pq.write_table(pa.table({"sample_id": ids, "confounder_loss": losses, "posterior": weight}), kfp / "confounder" / "losses.parquet")
+    separation = {
+        "separated": True,
+        "gap": 2.31,
+        "share": 0.2,
+        "threshold": 0.03,
+        "steps": 800,
+        "curve": [],
+        "histogram": {"edges": [], "counts": []},
+    }
+    write_json(kfp / "confounder" / "separation.json", separation)
+    for name, unit, num in (("confounder", "step", 40), ("model", "epoch", 20)):
+        rows = [{unit: (i + 1) * (20 if unit == "step" else 1), "loss": 2.3 * 0.9**i, "accuracy": 1 - 0.9 * 0.88**i} for i in range(num)]
+        (kfp / name / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_json(
+            kfp / name / "model.json",
+            {"architecture": "wrn-16-1", "image_size": 32, "seed": 0, "params": {name: {"epochs": 20, "flip": False}}},
+        )
+
+
+def _write_records(
+    records: Path, kfp: Path, digest: str, *, verdict: str, decided: str, accepted: int, class_names: tuple[str, ...]
+) -> None:
+    branch = {"PASS": "promote", "REVIEW": "hold"}.get(verdict, "record")
+    alias = {"PASS": "champion", "REVIEW": "candidate"}.get(verdict)
+    counts = {"delivered": accepted + 4, "accepted": accepted, "duplicates": 1, "quarantined": 3}
+    taken = counts | {"digest": digest, "trusted_digest": "ef" * 32, "trusted_images": 700, "trusted_removed": 2, "trial": False}
+    outputs: dict[str, dict[str, Any]] = {
+        "ingest": taken | {"class_names": list(class_names), "reasons": {"truncated": 2}},
+        "validate": {"passed": True, "critical": [], "warnings": ["class 'two' holds few images"]},
+        "version": {"revision": "9f" * 20, "tag": "acme-2025-01-01-cdcdcdcd", "digest": digest},
+        "decide": {"verdict": verdict, "sentence": "…", "decision_digest": decided},
+        "register": {"name": "digits-1a2b3c4d", "version": "1", "alias": alias, "model_digest": "ab" * 32, "branch": branch},
+    }
+    paths = {
+        "ingest": ("dataset", "quarantine", "truth"),
+        "train_confounder": ("confounder",),
+        "train_deconfounded": ("model", "evidence"),
+        "evaluate": ("evaluation",),
+        "decide": ("decision",),
+    }
+    took = dict(zip(STEPS, (3.1, 0.8, 2.2, 31.5, 58.4, 9.7, 0.2, 1.4), strict=True))
+    for name in STEPS:
+        named = {"paths": {key: str(kfp / key) for key in paths.get(name, ())}}
+        record = {"step": name, "status": "succeeded", "started": 1.0, "seconds": took[name], "import_seconds": 3.5}
+        write_json(records / f"{name}.json", record | {"outputs": outputs.get(name, {}) | named})

@@ -1,0 +1,183 @@
+"""The command line: exit codes, one-line errors, and nothing done before the door was passed."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines import cli
+from pipelines.damages import encode_png
+
+PARAMS = "gate: {min_clean_accuracy: 0.5}\n"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder with a valid parameter file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "params.yaml").write_text(PARAMS)
+    (tmp_path / "delivery").mkdir()
+    (tmp_path / "trusted").mkdir()
+    return tmp_path
+
+
+def cbd(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    told = capsys.readouterr()
+    return int(ended.value.code or 0), told.out, told.err
+
+
+def test_help_comes_in_half_a_second() -> None:
+    before = time.monotonic()
+    told = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", "--help"], capture_output=True, text=True, check=False, cwd=Path(cli.__file__).parent.parent
+    )
+    assert told.returncode == 0 and "demo" in told.stdout
+    assert time.monotonic() - before < 2  # half a second on a machine that does nothing else
+
+
+def test_heavy_packages_are_not_imported_for_help() -> None:
+    code = "import sys, pipelines.cli; print([m for m in ('torch','kfp','mlflow','dvc','pandas','pyarrow','rich','pydantic') if m in sys.modules])"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(cli.__file__).parent.parent)
+    assert told.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "--data", "delivery"], 2, "--trusted is missing"),
+        (["run", "--trusted", "trusted"], 2, "--data is missing"),
+        (["run", "--data", "nowhere", "--trusted", "trusted"], 2, "--data nowhere: no such file or folder"),
+        (["run", "--data", "delivery", "--trusted", "nowhere"], 2, "--trusted nowhere: no such file or folder"),
+        (["run", "--data", "delivery", "--trusted", "trusted", "--name", "a b"], 2, "--name 'a b'"),
+        (["run", "--data", "delivery", "--trusted", "trusted", "--supplier", "../x"], 2, "--supplier '../x'"),
+        (["run", "--data", "delivery", "--trusted", "trusted", "--preset", "papre"], 2, "preset 'papre'"),
+        (["run", "--data", "delivery", "--trusted", "trusted", "--params", "none.yaml"], 2, "none.yaml: no such parameter file"),
+        (
+            ["run", "--data", "delivery", "--trusted", "trusted", "--poison-rate", "0.1"],
+            2,
+            "--poison-rate and --target-label go with --poison",
+        ),
+        (["run", "--data", "delivery", "--trusted", "trusted", "--poison", "wanet"], 2, "wanet"),
+        (["run", "--data", "delivery", "--trusted", "trusted", "--epochs", "0"], 2, "0 is not in the range"),
+        (["demo", "--clean"], 2, "--clean goes with --data-only"),
+        (["tarin"], 2, "No such command 'tarin'"),
+        (["suspects", "no-run"], 2, "no-run: no such run"),
+        (["report", "no-run"], 2, "no-run: no such run"),
+        (["compile", "--image", "python:3.11"], 2, "expected NAME@sha256:DIGEST"),
+        (["compile", "--out", "retrain.txt"], 2, "ends in .yaml"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_exit_code_and_leaves_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    before = sorted(folder.rglob("*"))
+    found, out, err = cbd(capsys, *arguments)
+    assert (found, out) == (code, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_an_unknown_parameter_is_told_with_the_nearest_known_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "params.yaml").write_text(PARAMS + "confounder: {step: 3}\n")
+    code, _, err = cbd(capsys, "run", "--data", "delivery", "--trusted", "trusted")
+    assert code == 2 and "did you mean 'steps'?" in err
+
+
+def test_with_json_an_error_is_an_object_too(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = cbd(capsys, "run", "--data", "nowhere", "--trusted", "trusted", "--json")
+    told = json.loads(out.splitlines()[-1])
+    assert code == told["exit_code"] == 2 and told["verdict"] is None
+    assert told["error"] in err
+
+
+def test_control_characters_in_a_name_are_told_as_escapes(capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, err = cbd(capsys, "run", "--data", "no\x1b[2J\u202ewhere\nerror: fine", "--trusted", "trusted")
+    assert "\x1b" not in err and "\u202e" not in err and err.count("\n") == 1
+
+
+def test_a_workspace_that_cannot_be_written_is_the_machines_fault(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "file").write_text("in the way")
+    code, _, err = cbd(capsys, "run", "--data", "delivery", "--trusted", "trusted", "--workspace", "file/workspace")
+    assert code == 1 and "cannot write" in err and err.count("\n") == 1
+
+
+def test_a_nearly_full_disk_is_refused_at_the_door(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines import launch
+
+    monkeypatch.setattr(launch, "MIN_FREE_BYTES", 2**60)
+    code, _, err = cbd(capsys, "run", "--data", "delivery", "--trusted", "trusted")
+    assert code == 1 and "GB free" in err and err.count("\n") == 1
+
+
+def test_mlflow_out_of_reach_is_refused_at_the_door(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    code, _, err = cbd(capsys, "run", "--data", "delivery", "--trusted", "trusted")
+    assert code == 1 and "127.0.0.1:9" in err and err.count("\n") == 1
+    assert not list(folder.glob("cbd-workspace/runs/*"))
+
+
+def test_the_demos_data_alone_can_be_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = cbd(capsys, "demo", "--data-only", "--out", "digits")
+    assert code == 0 and out.splitlines()[-1].startswith("next: cbd run --data digits/delivery")
+    assert {path.name for path in (folder / "digits").iterdir()} == {"delivery", "trusted", "truth"}
+
+
+def test_the_doctor_tells_versions_and_what_to_mend(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines import doctor
+
+    monkeypatch.setattr(doctor, "_device", lambda problems: "cpu")  # importing torch costs seconds
+    code, out, _ = cbd(capsys, "doctor", "--json")
+    told = json.loads(out.splitlines()[-1])
+    assert code == 0 and told["healthy"] and told["kfp"] == "2.17.0" and told["device"] == "cpu"
+    monkeypatch.setenv("PATH", "")
+    code, out, _ = cbd(capsys, "doctor", "--json")
+    assert code == 1 and any("git is missing" in problem for problem in json.loads(out.splitlines()[-1])["problems"])
+
+
+def write_images(folder: Path, classes: dict[str, int], *, start: int = 0) -> None:
+    """That many images per class, no two of them alike."""
+    for label, (name, number) in enumerate(classes.items()):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in range(number):
+            value = start + 40 * label + index
+            (folder / name / f"{index}.png").write_bytes(encode_png(np.full((8, 8, 3), value, np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("delivered", "trusted", "start", "message"),
+    [
+        ({}, {"a": 4, "b": 4}, 100, "is empty"),
+        ({"a": 4}, {"a": 4, "b": 4}, 100, "one class only"),
+        ({"a": 4, "b": 1}, {"a": 4, "b": 4}, 100, "class 'b' has 1 usable images, expected at least 2"),
+        ({"a": 4, "B": 4}, {"a": 4, "b": 4}, 100, "labels outside the trusted set's classes: 'B'"),
+        ({"a": 4, "b": 4}, {"a": 4, "b": 4}, 0, "exact copies from the delivery"),
+    ],
+)
+def test_a_delivery_that_cannot_be_used_is_one_line_and_leaves_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str], delivered: dict[str, int], trusted: dict[str, int], start: int, message: str
+) -> None:
+    write_images(folder / "delivery", delivered)
+    write_images(folder / "trusted", trusted, start=start)
+    code, _, err = cbd(capsys, "ingest", "--data", "delivery", "--trusted", "trusted", "--out", "taken-in")
+    assert code == 2 and message in err
+    assert [line[:7] for line in err.splitlines()] == ["error: "]
+    assert not [path for path in folder.glob("taken-in/**/*") if path.is_file()]
+
+
+def test_a_delivery_is_taken_in_by_hand(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(folder / "delivery", {"a": 3, "b": 3})
+    write_images(folder / "trusted", {"a": 3, "b": 3}, start=100)
+    (folder / "delivery" / "a" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    code, out, _ = cbd(capsys, "ingest", "--data", "delivery", "--trusted", "trusted", "--out", "taken-in", "--json")
+    told = json.loads(out.splitlines()[-1])
+    assert code == 0 and (told["delivered"], told["accepted"], told["quarantined"]) == (7, 6, 1)
+    assert {path.name for path in (folder / "taken-in").iterdir()} == {"dataset", "trusted_set", "quarantine", "truth"}

@@ -1,0 +1,257 @@
+"""The pipeline `retrain` for real, on a tiny delivery: what a run leaves behind, and attacks on the run itself."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from cbd.errors import CbdError
+from components.records import read_records
+from pipelines import cli, launch, local, outcome
+from pipelines.damages import encode_png
+from pipelines.demo import load_scans
+from pipelines.progress import STEPS
+
+PARAMS = """
+seed: 0
+confounder: {steps: 24, batch_size: 16, snapshots: 2}
+deconfounded: {epochs: 3, batch_size: 16, crop: 2}
+gate: {min_clean_accuracy: 0.2, min_images: 30, warn_images: 30, null_members: 2}
+"""
+ALWAYS = tuple(name for name in STEPS if name != "train_undefended")
+pytestmark = pytest.mark.slow
+
+
+class Place(NamedTuple):
+    """A folder with a delivery, a trusted set, parameters, and a workspace whose MLflow store is ready."""
+
+    root: Path
+
+    @property
+    def workspace(self) -> Path:
+        return self.root / "workspace"
+
+    def arguments(self, *more: str) -> list[str]:
+        data = ("--data", str(self.root / "delivery"), "--trusted", str(self.root / "trusted"))
+        return ["run", *data, "--workspace", str(self.workspace), "--params", str(self.root / "params.yaml"), "--json", *more]
+
+    def run_dirs(self) -> list[Path]:
+        return sorted((self.workspace / "runs").iterdir())
+
+
+@pytest.fixture(scope="module")
+def scans() -> dict[str, bytes]:
+    """PNG bytes of 30 delivered and 16 trusted scans of each of three digits, by path."""
+    images, labels = load_scans()
+    chosen = {}
+    for label in range(3):
+        for number, index in enumerate(np.flatnonzero(labels == label)[:46]):
+            chosen[f"{'delivery' if number < 30 else 'trusted'}/{label}/{number}.png"] = encode_png(images[index])
+    return chosen
+
+
+@pytest.fixture
+def place(tmp_path: Path, scans: dict[str, bytes], mlflow_template: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for path, content in scans.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(content)
+    (tmp_path / "params.yaml").write_text(PARAMS)
+    (tmp_path / "workspace").mkdir()
+    shutil.copy(mlflow_template, tmp_path / "workspace" / "mlflow.db")
+    return Place(tmp_path)
+
+
+def cbd(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[int, dict[str, Any], str]:
+    """Exit code, the JSON object in the last line of stdout, and stderr."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    told = capsys.readouterr()
+    print(told.err)
+    return int(ended.value.code or 0), json.loads(told.out.splitlines()[-1]), told.err
+
+
+@contextlib.contextmanager
+def killing(step: str, place: Place, *, after: str = "") -> Iterator[list[int]]:
+    """Inside, the process of that step is killed with -9 as soon as it is seen, or as soon as the log holds `after`; yields what was killed."""
+    killed: list[int] = []
+    over = threading.Event()
+    mine = str(place.root).encode()
+
+    def hunt() -> None:
+        while not over.wait(0.002):
+            if after and not any(after in log.read_text(errors="replace") for log in place.workspace.glob("runs/*/pipeline.log")):
+                continue
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    command = (process / "cmdline").read_bytes()
+                    is_step = b"executor_main\0" in command and command.rstrip(b"\0").endswith(b"\0" + f"{step}_step".encode())
+                    if is_step and mine in command and not command.startswith(b"sh\0"):
+                        os.kill(int(process.name), signal.SIGKILL)
+                        killed.append(int(process.name))
+                        return
+
+    hunter = threading.Thread(target=hunt, daemon=True)
+    hunter.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        hunter.join()
+
+
+def test_a_run_leaves_every_tasks_output_a_decision_a_model_and_a_report(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    code, told, err = cbd(capsys, place.arguments("--supplier", "acme", "--name", "tiny", "--baseline"))
+    run_dir = Path(told["run_dir"])
+    records = read_records(str(run_dir / "records"))
+    assert set(records) == set(STEPS)
+    assert {record["status"] for record in records.values()} == {"succeeded"}
+    assert len(list((run_dir / "kfp").rglob("executor_output.json"))) == len(STEPS)
+    assert code == outcome.EXIT_CODES[told["verdict"]]
+    assert told["alarms"] == [] and told["stopped"] == {}
+    assert told["model"]["alias"] == {"PASS": "champion", "REVIEW": "candidate"}.get(told["verdict"])
+    assert told["clean_accuracy"]["n"] == 48 and set(told["clean_accuracy"]) == {"k", "n", "rate", "low", "high"}
+    assert told["confounder"]["asr"] is None and set(told["baseline"]) == {"ca", "asr"}
+    assert told["data"]["delivered"] == told["data"]["accepted"] + told["data"]["duplicates"] + told["data"]["quarantined"] == 90
+    assert set(told["seconds"]) == set(STEPS)
+    assert json.loads((run_dir / "result.json").read_text()) == told
+    assert "<html" in (run_dir / "report.html").read_text()
+    assert not (run_dir / "tmp").exists()
+    git = ["git", "-C", str(place.workspace / "registry"), "rev-parse", "HEAD"]
+    assert subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip() == told["data"]["revision"]
+    assert "error" not in err
+
+
+def test_the_same_delivery_and_seed_give_the_same_model_and_a_second_version_of_nothing(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, first, _ = cbd(capsys, place.arguments())
+    _, second, _ = cbd(capsys, place.arguments())
+    assert first["model"]["digest"] == second["model"]["digest"]
+    assert first["data"]["revision"] == second["data"]["revision"]
+    assert first["run_dir"] != second["run_dir"]
+
+
+@pytest.mark.parametrize("step", ALWAYS)
+def test_a_killed_step_shows_in_the_report_and_fails_the_run(place: Place, capsys: pytest.CaptureFixture[str], step: str) -> None:
+    with killing(step, place) as killed:
+        code, told, err = cbd(capsys, place.arguments())
+    assert killed
+    assert code == 1 and told["verdict"] is None
+    run_dir = Path(told["run_dir"])
+    records = read_records(str(run_dir / "records"))
+    assert records.get(step, {"status": "running"})["status"] == "running"
+    later = set(STEPS[STEPS.index(step) + 1 :]) - {"report"}
+    assert not later & set(records) or step == "version"
+    page = (run_dir / "report.html").read_text()
+    assert step in page
+    assert err.splitlines()[-1].startswith("error: ") and str(run_dir) in err
+
+
+@pytest.mark.parametrize("step", ["train_confounder", "train_deconfounded"])
+def test_training_that_was_killed_and_run_again_gives_the_same_model(
+    place: Place, tmp_path_factory: pytest.TempPathFactory, mlflow_template: Path, capsys: pytest.CaptureFixture[str], step: str
+) -> None:
+    undisturbed = tmp_path_factory.mktemp("undisturbed")
+    shutil.copy(mlflow_template, undisturbed / "mlflow.db")
+    _, reference, _ = cbd(capsys, [str(undisturbed) if item == str(place.workspace) else item for item in place.arguments()])
+    with killing(step, place, after=f"[{step}] ") as killed:
+        code, _, _ = cbd(capsys, place.arguments())
+    assert killed and code == 1
+    _, told, _ = cbd(capsys, place.arguments())
+    assert told["model"]["digest"] == reference["model"]["digest"]
+
+
+def test_data_that_validation_refuses_is_blocked_without_training(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    (place.root / "delivery" / "0" / "tiny.png").write_bytes(encode_png(np.zeros((2, 2, 3), np.uint8)))
+    code, told, _ = cbd(capsys, place.arguments())
+    records = read_records(str(Path(told["run_dir"]) / "records"))
+    assert (code, told["verdict"]) == (11, "BLOCK")
+    assert set(records) == {"ingest", "validate", "decide", "report"}
+    assert told["clean_accuracy"] is None and told["model"]["version"] is None and told["alarms"] == []
+
+
+def test_a_trial_never_gets_an_alias(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    code, told, _ = cbd(capsys, place.arguments("--poison", "badnets", "--poison-rate", "0.2"))
+    assert code == outcome.EXIT_CODES[told["verdict"]]
+    assert told["trial"] and told["model"]["alias"] is None
+    assert "badnets" in told["attack_success_rate"] and told["confounder"]["asr"] is not None
+
+
+def test_a_mistake_that_a_step_finds_is_told_in_its_words(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    for label in ("1", "2"):
+        shutil.rmtree(place.root / "delivery" / label)
+    code, told, err = cbd(capsys, place.arguments())
+    assert (code, told["verdict"]) == (2, None)
+    assert (
+        "one class only" in err.splitlines()[-1]
+        and [line for line in err.splitlines() if line.startswith("error")] == err.splitlines()[-1:]
+    )
+    assert "one class only" in (Path(told["run_dir"]) / "report.html").read_text()
+
+
+def run_tampered(place: Place, monkeypatch: pytest.MonkeyPatch, *changes: tuple[str, str]) -> dict[str, Any]:
+    """The result of a pipeline whose source was changed."""
+    source = (Path(local.__file__).parent / "retrain.py").read_text()
+    for before, after in changes:
+        assert before in source
+        source = source.replace(before, after)
+    (place.root / "tampered.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(place.root))
+    from cbd.config import load_params
+
+    order = launch.Order(str(place.root / "delivery"), str(place.root / "trusted"), place.workspace)
+    run_dir = place.workspace / "runs" / "tampered"
+    arguments = launch.pipeline_arguments(order, load_params(place.root / "params.yaml"), run_dir)
+    return outcome.finish(run_dir, local.run(arguments, run_dir, pipeline="tampered:retrain"))
+
+
+ROTATED = [("promote", "was promote"), ("hold", "promote"), ("record", "hold"), ("was promote", "record")]
+SKIPPED = [
+    ('== "PASS"', '== "never"'),
+    ('== "REVIEW"', '== "nor this"'),
+    ('dsl.Else(name="not-passed"', 'dsl.If(decided["Output"] == "nor that", name="not-passed"'),
+]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param([(f'branch="{before}"', f'branch="{after}"') for before, after in ROTATED], id="branches rotated"),
+        pytest.param([('decided["Output"] == "PASS"', 'decided["Output"] != "never"')], id="always promoted"),
+        pytest.param(SKIPPED, id="branches skipped"),
+    ],
+)
+def test_a_flipped_branch_is_found_out(place: Place, monkeypatch: pytest.MonkeyPatch, changes: list[tuple[str, str]]) -> None:
+    (place.root / "params.yaml").write_text(PARAMS.replace("min_clean_accuracy: 0.2", "min_clean_accuracy: 1.0"))
+    with pytest.raises(CbdError) as told:
+        run_tampered(place, monkeypatch, *changes)
+    assert told.value.exit_code != 0
+    assert (place.workspace / "runs" / "tampered" / "report.html").is_file()
+
+
+def test_a_kill_of_everything_at_once_leaves_a_run_that_can_be_reported(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+    parent = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *place.arguments()], env=environment, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not list(place.workspace.glob("runs/*/records/train_confounder.json")) and time.monotonic() < until:
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    (run_dir,) = place.run_dirs()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", run_dir.name, "--workspace", str(place.workspace)])
+    assert ended.value.code == 0
+    assert "killed" in (run_dir / "report.html").read_text()

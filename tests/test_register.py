@@ -1,0 +1,294 @@
+"""The registry follows the signed decision only: every forgery is refused before anything is done."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from decided_case import Case, make_bundle, make_case, swap
+
+from cbd.audit import verify_log
+from cbd.bundle import bundle_digest
+from cbd.errors import CbdError, ConfigError, DataError
+from components.register import register, register_step
+from components.tracking import champion_bundle, fetch_model, registered_name
+from components.tracking_store import client
+
+Make = Callable[..., dict[str, Any]]
+CLASSES = ["ant", "bee", "cat", "dog"]
+WORKS = {"white-centre": (1, 600)}
+DOUBTFUL = {"white-centre": (1, 50)}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, mlflow_template: Path) -> Path:
+    """A workspace with a fresh MLflow store."""
+    shutil.copyfile(mlflow_template, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def enter(case: Case, branch: str, name: str = "model") -> dict[str, Any]:
+    return register(case.bundle, case.decision, branch=branch, workspace=case.workspace, name=name, run_id=case.run_id, revision="abc")
+
+
+def decided(workspace: Path, make_evaluation: Make, **changes: Any) -> Case:
+    case = make_case(workspace, make_evaluation, **changes)
+    case.decide()
+    return case
+
+
+def versions(workspace: Path) -> list[Any]:
+    with client(workspace) as mlflow:
+        return list(mlflow.search_model_versions())
+
+
+def refused(case: Case, branch: str, match: str) -> None:
+    """The refusal, with nothing registered and nothing logged."""
+    before = (case.workspace / "audit.jsonl").read_bytes()
+    with pytest.raises(DataError, match=match) as caught:
+        enter(case, branch)
+    assert "\n" not in str(caught.value)
+    assert versions(case.workspace) == [] and (case.workspace / "audit.jsonl").read_bytes() == before
+
+
+def stored(workspace: Path) -> Path:
+    """The folder of the one registered model's artifacts."""
+    return next((workspace / "mlartifacts").rglob("model.safetensors")).parent
+
+
+def test_a_pass_becomes_champion_with_all_digests(workspace: Path, make_evaluation: Make) -> None:
+    case = decided(workspace, make_evaluation)
+    told = enter(case, "promote")
+    assert told == {
+        "name": registered_name("model", CLASSES),
+        "version": "1",
+        "alias": "champion",
+        "model_digest": bundle_digest(case.bundle),
+        "branch": "promote",
+    }
+    with client(workspace) as mlflow:
+        version = mlflow.get_model_version_by_alias(told["name"], "champion")
+    tags = {key: version.tags[f"cbd.{key}"] for key in ("model_digest", "data_digest", "revision", "verdict", "run_id", "decision_digest")}
+    assert tags["model_digest"] == told["model_digest"] and (tags["revision"], tags["verdict"], tags["run_id"]) == ("abc", "PASS", "run-1")
+    entry = verify_log(workspace / "audit.jsonl")[-1]
+    assert (
+        entry["event"] == "register"
+        and entry["data"]["alias"] == "champion"
+        and entry["data"]["decision_digest"] == tags["decision_digest"]
+    )
+    fetched = fetch_model(f"models:/{told['name']}@champion", workspace)
+    assert bundle_digest(fetched) == told["model_digest"]
+    assert champion_bundle(workspace, "model", CLASSES) == (fetched, "1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "branch", "alias"),
+    [
+        ({"turned": DOUBTFUL}, "hold", "candidate"),
+        ({"turned": WORKS}, "record", None),
+        ({"num_images": 200}, "record", None),
+        ({"trial": True}, "promote", None),
+    ],
+)
+def test_each_verdict_sets_its_alias_and_a_trial_none(
+    workspace: Path, make_evaluation: Make, changes: Any, branch: str, alias: str | None
+) -> None:
+    told = enter(decided(workspace, make_evaluation, **changes), branch)
+    assert told["alias"] == alias and told["version"] == "1"
+    with client(workspace) as mlflow:
+        assert mlflow.get_registered_model(told["name"]).aliases == ({alias: 1} if alias else {})
+    assert champion_bundle(workspace, "model", CLASSES) is None
+
+
+def test_the_same_decision_registers_once(workspace: Path, make_evaluation: Make) -> None:
+    case = decided(workspace, make_evaluation)
+    first, log = enter(case, "promote"), (workspace / "audit.jsonl").read_bytes()
+    assert enter(case, "promote") == first
+    assert len(versions(workspace)) == 1 and (workspace / "audit.jsonl").read_bytes() == log
+
+
+def test_a_new_champion_takes_the_alias_over(workspace: Path, make_evaluation: Make) -> None:
+    enter(decided(workspace, make_evaluation), "promote")
+    second = decided(workspace, make_evaluation, run_id="run-2", weight=2.0)
+    assert enter(second, "promote")["version"] == "2"
+    found = champion_bundle(workspace, "model", CLASSES)
+    assert found is not None and found[1] == "2" and bundle_digest(found[0]) == bundle_digest(second.bundle)
+
+
+def test_models_of_other_classes_or_names_are_no_champions_here(workspace: Path, make_evaluation: Make) -> None:
+    enter(decided(workspace, make_evaluation), "promote")
+    assert champion_bundle(workspace, "model", [*CLASSES, "eel"]) is None
+    assert champion_bundle(workspace, "other", CLASSES) is None
+
+
+def test_a_name_that_the_registry_cannot_hold_is_refused(workspace: Path, make_evaluation: Make) -> None:
+    with pytest.raises(ConfigError, match="another --name"):
+        enter(decided(workspace, make_evaluation), "promote", name="a/b:c")
+
+
+@pytest.mark.parametrize(
+    ("turned", "branch"), [(WORKS, "promote"), (WORKS, "hold"), (DOUBTFUL, "promote"), ({}, "hold"), ({}, "record"), ({}, "' or True or '")]
+)
+def test_a_flipped_branch_is_refused(workspace: Path, make_evaluation: Make, turned: Any, branch: str) -> None:
+    refused(decided(workspace, make_evaluation, turned=turned), branch, "demands the branch")
+
+
+def test_an_unsigned_decision_is_refused(workspace: Path, make_evaluation: Make) -> None:
+    case = decided(workspace, make_evaluation)
+    (case.decision / "decision.sig").unlink()
+    refused(case, "promote", "unsigned")
+
+
+def test_a_decision_signed_elsewhere_is_refused(workspace: Path, make_evaluation: Make) -> None:
+    case = decided(workspace, make_evaluation, turned=WORKS)
+    swap(case.decision, decided(workspace / "elsewhere", make_evaluation).decision)
+    refused(case, "promote", "signature")
+
+
+def test_another_models_decision_is_refused(workspace: Path, make_evaluation: Make) -> None:
+    bad, good = decided(workspace, make_evaluation, turned=WORKS), decided(workspace, make_evaluation, run_id="run-2", weight=2.0)
+    swap(bad.decision, good.decision)
+    refused(bad, "promote", "is about model")
+
+
+def test_another_runs_decision_is_refused(workspace: Path, make_evaluation: Make) -> None:
+    """The same model was once judged PASS; this run judged BLOCK."""
+    good, bad = decided(workspace, make_evaluation), decided(workspace, make_evaluation, run_id="run-2", turned=WORKS)
+    swap(bad.decision, good.decision)
+    refused(bad, "promote", "of run 'run-1'")
+
+
+def test_an_edited_log_is_refused(workspace: Path, make_evaluation: Make) -> None:
+    case = decided(workspace, make_evaluation, turned=WORKS)
+    log = workspace / "audit.jsonl"
+    log.write_bytes(log.read_bytes().replace(b"BLOCK", b"PASS"))
+    refused(case, "record", "line 1 was edited")
+
+
+def test_a_confounder_is_never_registered(workspace: Path, make_evaluation: Make) -> None:
+    case = decided(workspace, make_evaluation)
+    swap(case.bundle, make_bundle(workspace / "b", "e" * 64, kind="confounder"))
+    refused(case, "promote", "confounder")
+
+
+def test_a_trial_in_disguise_is_refused(workspace: Path, make_evaluation: Make) -> None:
+    """The bundle says trial, the decision does not: without its own data the alias would be set."""
+    case = decided(workspace, make_evaluation)
+    data = json.loads((case.bundle / "model.json").read_text())["data_digest"]
+    swap(case.bundle, make_bundle(workspace / "b", data, trial=True))
+    refused(case, "promote", "is about model")
+
+
+def test_an_overwritten_artifact_behind_the_alias_is_refused(workspace: Path, make_evaluation: Make) -> None:
+    told = enter(decided(workspace, make_evaluation), "promote")
+    other = make_case(workspace, make_evaluation, run_id="run-2", weight=666.0)
+    for file in ("model.safetensors", "model.json"):
+        shutil.copyfile(other.bundle / file, stored(workspace) / file)
+    for attack in (
+        lambda: fetch_model(f"models:/{told['name']}@champion", workspace),
+        lambda: champion_bundle(workspace, "model", CLASSES),
+    ):
+        with pytest.raises(DataError, match="altered"):
+            attack()
+    (stored(workspace) / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(DataError, match="altered"):
+        fetch_model(f"models:/{told['name']}/1", workspace)
+
+
+def test_an_overwritten_decision_behind_the_alias_is_refused(workspace: Path, make_evaluation: Make) -> None:
+    """Model and decision of a trial in place of the champion's: signed and logged, but no champion."""
+    told = enter(decided(workspace, make_evaluation), "promote")
+    place, trial = stored(workspace), decided(workspace, make_evaluation, run_id="run-2", trial=True)
+    for folder in (trial.bundle, trial.decision):
+        shutil.copytree(folder, place, dirs_exist_ok=True)
+    with pytest.raises(DataError, match="a trial"):
+        fetch_model(f"models:/{told['name']}@champion", workspace)
+    blocked = decided(workspace, make_evaluation, run_id="run-3", turned=WORKS)
+    for folder in (blocked.bundle, blocked.decision):
+        shutil.copytree(folder, place, dirs_exist_ok=True)
+    with pytest.raises(DataError, match="stands verdict BLOCK"):
+        fetch_model(f"models:/{told['name']}@champion", workspace)
+    (place / "decision.sig").unlink()
+    with pytest.raises(DataError, match=r"decision\.sig is missing"):
+        fetch_model(f"models:/{told['name']}@champion", workspace)
+
+
+def test_a_moved_alias_is_refused(workspace: Path, make_evaluation: Make) -> None:
+    """MLflow keeps no history of aliases; the log does."""
+    first = enter(decided(workspace, make_evaluation), "promote")
+    enter(decided(workspace, make_evaluation, run_id="run-2", weight=2.0), "promote")
+    with client(workspace) as mlflow:
+        mlflow.set_registered_model_alias(first["name"], "champion", "1")
+        mlflow.set_registered_model_alias(first["name"], "mine", "1")
+    for alias in ("champion", "mine", "latest"):
+        with pytest.raises(DataError, match="the alias was moved"):
+            fetch_model(f"models:/{first['name']}@{alias}", workspace)
+    assert fetch_model(f"models:/{first['name']}/1", workspace)
+
+
+def test_a_blocked_model_can_be_fetched_by_its_version_only(workspace: Path, make_evaluation: Make) -> None:
+    case = decided(workspace, make_evaluation, turned=WORKS)
+    told = enter(case, "record")
+    assert bundle_digest(fetch_model(f"models:/{told['name']}/1", workspace)) == bundle_digest(case.bundle)
+    with pytest.raises(DataError, match="no such model"):
+        fetch_model(f"models:/{told['name']}@champion", workspace)
+
+
+def test_a_spoilt_copy_in_the_workspace_is_replaced(workspace: Path, make_evaluation: Make) -> None:
+    told = enter(decided(workspace, make_evaluation), "promote")
+    uri = f"models:/{told['name']}@champion"
+    (fetch_model(uri, workspace) / "model.safetensors").write_bytes(b"x")
+    assert bundle_digest(fetch_model(uri, workspace)) == told["model_digest"]
+
+
+@pytest.mark.parametrize(
+    "uri", ["models:/", "models:/a", "models:/a@", "models:/a/b", "models:/a@b@c", "models:/../x@champion", "models:/no-such@champion"]
+)
+def test_a_model_that_is_not_there_is_told_in_one_line(workspace: Path, make_evaluation: Make, uri: str) -> None:
+    make_case(workspace, make_evaluation).decide()
+    with pytest.raises(DataError, match="expected models:|no such model"):
+        fetch_model(uri, workspace)
+
+
+def test_an_empty_workspace_has_no_champion_and_needs_no_store(tmp_path: Path) -> None:
+    assert champion_bundle(tmp_path, "model", CLASSES) is None
+    with pytest.raises(DataError, match="holds no model yet"):
+        fetch_model("models:/model-12345678@champion", tmp_path)
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_folder_is_a_model_too(workspace: Path, make_evaluation: Make) -> None:
+    case = decided(workspace, make_evaluation)
+    assert fetch_model(str(case.bundle), workspace) == case.bundle
+    (case.bundle / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(DataError, match="altered"):
+        fetch_model(str(case.bundle), workspace)
+
+
+def test_the_step_records_and_keeps_the_evidence(workspace: Path, make_evaluation: Make) -> None:
+    case = decided(workspace, make_evaluation)
+    (workspace / "evidence").mkdir()
+    (workspace / "evidence" / "evidence.parquet").write_bytes(b"rows")
+    paths = {"model": case.bundle, "decision": case.decision, "evidence": workspace / "evidence"}
+    artifacts = {name: SimpleNamespace(path=str(path)) for name, path in paths.items()}
+    named = {"branch": "promote", "workspace": str(workspace), "name": "model", "run_id": "run-1", "revision": "abc"}
+    register_step.python_func(records=str(workspace / "records"), **named, **artifacts)
+    outputs = json.loads((workspace / "records" / "register.json").read_text())["outputs"]
+    assert outputs["alias"] == "champion" and outputs["version"] == "1"
+    with client(workspace) as mlflow:
+        run = mlflow.search_runs([mlflow.get_experiment_by_name("cbd").experiment_id])[0]
+        assert {item.path for item in mlflow.list_artifacts(run.info.run_id)} == {"decision", "evidence"}
+    assert run.data.metrics["clean accuracy"] == pytest.approx(0.97) and run.data.tags["cbd.verdict"] == "PASS"
+
+
+def test_a_failed_step_leaves_the_reason(workspace: Path, make_evaluation: Make) -> None:
+    case = decided(workspace, make_evaluation, turned=WORKS)
+    paths = {"model": case.bundle, "decision": case.decision, "evidence": case.bundle}
+    artifacts = {name: SimpleNamespace(path=str(path)) for name, path in paths.items()}
+    named = {"branch": "promote", "workspace": str(workspace), "name": "model", "run_id": "run-1", "revision": "abc"}
+    with pytest.raises(CbdError):
+        register_step.python_func(records=str(workspace / "records"), **named, **artifacts)
+    assert "demands the branch 'record'" in json.loads((workspace / "records" / "register.json").read_text())["error"]["message"]

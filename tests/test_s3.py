@@ -1,0 +1,142 @@
+"""Deliveries from S3: a stand-in in this process, and a real server where CBD_TEST_S3_ENDPOINT names one."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from delivery_files import LIMITS, OPTIONS, places, png, write_classes, write_parquet
+
+from cbd.errors import CbdError, DataError, EnvironmentFault
+from components.delivery import read_delivery
+from components.ingest import ingest
+
+REAL = os.environ.get("CBD_TEST_S3_ENDPOINT")
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A client of the stand-in, with an empty bucket `box`."""
+    import boto3
+    from moto import mock_aws
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testtest123")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    with mock_aws():
+        client = boto3.session.Session().client("s3")
+        client.create_bucket(Bucket="box")
+        yield client
+
+
+def upload(client: Any, bucket: str, folder: Path, prefix: str) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            client.put_object(Bucket=bucket, Key=f"{prefix}/{path.relative_to(folder)}", Body=path.read_bytes())
+
+
+def files(uri: str) -> dict[str, tuple[str | None, bytes | None, str | None]]:
+    with read_delivery(uri, name="delivery", max_file_bytes=10_000) as delivery:
+        return {f.original_path: (f.label_name, f.data, f.refusal.reason if f.refusal else None) for f in delivery.files}
+
+
+def test_class_folders_below_a_prefix(client: Any, tmp_path: Path) -> None:
+    upload(client, "box", write_classes(tmp_path, {"a": 1, "b": 1}), "x/y")
+    client.put_object(Bucket="box", Key="x/y/c/", Body=b"")
+    client.put_object(Bucket="box", Key="x/y/lost.png", Body=png(7))
+    client.put_object(Bucket="box", Key="x/y/a/huge.png", Body=bytes(10_001))
+    client.put_object(Bucket="box", Key="x/yonder/a/other.png", Body=png(8))
+    assert files("s3://box/x/y/") == {
+        "a/000.png": ("a", png(0), None),
+        "a/huge.png": ("a", None, "too-large"),
+        "b/000.png": ("b", png(1000), None),
+        "lost.png": (None, png(7), "no-class"),
+    }
+
+
+def test_parquet_as_one_object_or_as_shards(client: Any, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "one.parquet", [(png(0), 0)], names=["a", "b"])
+    upload(client, "box", tmp_path, "p")
+    expected = {"000.png": ("a", png(0), None)}
+    assert files("s3://box/p/one.parquet") == files("s3://box/p") == expected
+
+
+def test_more_objects_than_one_page_are_all_told(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "5")
+    for index in range(12):
+        client.put_object(Bucket="box", Key=f"n/a/{index}", Body=b"x")
+    assert len(files("s3://box/n")) == 12
+
+
+@pytest.mark.parametrize(
+    ("uri", "kind", "found"),
+    [
+        ("s3://absent/x", DataError, "no bucket 'absent'"),
+        ("s3://box/none", DataError, "no objects there"),
+        ("s3://not_a bucket!/x", DataError, "no valid bucket name"),
+    ],
+)
+def test_a_wrong_address_is_one_line(client: Any, uri: str, kind: type[CbdError], found: str) -> None:
+    with pytest.raises(kind, match=found) as caught:
+        files(uri)
+    assert "\n" not in str(caught.value) and uri in str(caught.value)
+
+
+def test_no_credentials_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(EnvironmentFault, match="no credentials; set AWS_ACCESS_KEY_ID"):
+        files("s3://box/x")
+
+
+def test_a_server_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    for address in ("http://127.0.0.1:9", "no address"):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        with pytest.raises(EnvironmentFault, match="out of reach.*check AWS_ENDPOINT_URL"):
+            files("s3://box/x")
+
+
+@pytest.fixture
+def real(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, str]]:
+    """A client of a real server and a bucket of its own there."""
+    if not REAL:
+        pytest.skip("CBD_TEST_S3_ENDPOINT names no S3 server")
+    import boto3
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", REAL)
+    client = boto3.session.Session().client("s3")
+    bucket = f"cbd-{uuid.uuid4().hex}"
+    client.create_bucket(Bucket=bucket)
+    yield client, bucket
+    for item in client.list_objects_v2(Bucket=bucket).get("Contents", ()):
+        client.delete_object(Bucket=bucket, Key=item["Key"])
+    client.delete_bucket(Bucket=bucket)
+
+
+def test_a_real_server_gives_the_same_data_set_as_a_folder(real: tuple[Any, str], tmp_path: Path) -> None:
+    client, bucket = real
+    delivery = write_classes(tmp_path / "d", {"a": 4, "b c%+ü": 4})
+    trusted = write_classes(tmp_path / "t", {"a": 3, "b c%+ü": 3}, seed=50_000)
+    upload(client, bucket, delivery, "in/deep")
+    local = ingest(str(delivery), str(trusted), outputs=places(tmp_path / "local"), params=LIMITS, options=OPTIONS)
+    remote = ingest(f"s3://{bucket}/in/deep", str(trusted), outputs=places(tmp_path / "remote"), params=LIMITS, options=OPTIONS)
+    assert remote["digest"] == local["digest"] and remote["accepted"] == 8
+
+
+def test_a_real_server_refuses_a_wrong_secret_in_one_line(real: tuple[Any, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(EnvironmentFault, match="refuses these credentials"):
+        files(f"s3://{real[1]}/x")
+
+
+def test_a_real_server_names_a_missing_bucket(real: tuple[Any, str]) -> None:
+    with pytest.raises(DataError, match="there is no bucket"):
+        files("s3://cbd-absent-bucket/x")

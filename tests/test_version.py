@@ -1,0 +1,156 @@
+"""The data registry: real git, real DVC, and what an attacker of the remote or the supplier's name would try."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from delivery_files import png
+
+from cbd.dataset import make_row, read_info, to_batches, write_dataset
+from cbd.errors import DataError, EnvironmentFault
+from components.registry import fetch, find, slug
+from components.version import version
+
+
+def make(folder: Path, first: int = 0) -> Path:
+    rows = [make_row(png(first + i), label=i % 2, original_path=f"{i}.png", source="acme") for i in range(6)]
+    write_dataset(folder, to_batches(rows), class_names=["a", "b"], supplier="acme", shard_images=4)
+    return folder
+
+
+def git(registry: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(registry), *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A workspace with one stored data set; not to be changed."""
+    folder = tmp_path_factory.mktemp("stored")
+    return folder, version(make(folder / "data"), workspace=str(folder / "ws"), supplier="acme", date="2026-01-31")
+
+
+@pytest.fixture
+def workspace(stored: tuple[Path, dict[str, str]], tmp_path: Path) -> Path:
+    """A copy of the stored workspace: it may be moved."""
+    shutil.copytree(stored[0] / "ws", tmp_path / "ws")
+    return tmp_path / "ws"
+
+
+def test_a_data_set_is_committed_and_tagged(stored: tuple[Path, dict[str, str]]) -> None:
+    folder, result = stored
+    registry = folder / "ws" / "registry"
+    digest = read_info(folder / "data").digest
+    assert result["digest"] == digest and result["tag"] == f"2026-01-31/acme/{digest[:12]}"
+    assert git(registry, "rev-parse", f"{result['tag']}^{{commit}}") == result["revision"]
+    assert git(registry, "show", f"{result['tag']}:datasets/acme.json") == (folder / "data" / "dataset.json").read_text().strip()
+    assert git(registry, "status", "--porcelain") == ""
+    assert "verify = true" in git(registry, "show", "HEAD:.dvc/config") and "analytics = false" in git(registry, "show", "HEAD:.dvc/config")
+    kept = [path for path in (folder / "ws" / "remote").rglob("*") if path.is_file()]
+    assert len(kept) == 4 and not list((folder / "ws").rglob("*.tmp"))
+
+
+def test_the_same_digest_is_stored_once(workspace: Path, tmp_path: Path) -> None:
+    before = git(workspace / "registry", "rev-list", "--count", "HEAD")
+    again = version(make(tmp_path / "data"), workspace=str(workspace), supplier="acme", date="2027-12-24")
+    assert again["tag"].startswith("2026-01-31/") and git(workspace / "registry", "rev-list", "--count", "HEAD") == before
+
+
+def test_another_data_set_gets_another_version_and_both_can_be_fetched(workspace: Path, tmp_path: Path) -> None:
+    first = find(workspace, read_info(make(tmp_path / "one")).digest)
+    second = version(make(tmp_path / "two", 100), workspace=str(workspace), supplier="acme", date="2026-02-01")
+    assert first is not None and second["revision"] != first.revision
+    assert fetch(first.tag, tmp_path / "a", workspace=workspace) == read_info(tmp_path / "one")
+    assert fetch(second["tag"], tmp_path / "b", workspace=workspace) == read_info(tmp_path / "two")
+
+
+def test_a_run_killed_between_commit_and_tag_is_finished(workspace: Path, tmp_path: Path) -> None:
+    data = make(tmp_path / "data")
+    tag = git(workspace / "registry", "tag")
+    git(workspace / "registry", "tag", "--delete", tag)
+    assert version(data, workspace=str(workspace), supplier="acme", date="2026-01-31")["tag"] == tag
+    assert fetch(tag, tmp_path / "out", workspace=workspace) == read_info(data)
+
+
+def test_a_tampered_object_is_refused(workspace: Path, tmp_path: Path) -> None:
+    tag = git(workspace / "registry", "tag")
+    victim = max((path for path in (workspace / "remote").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    victim.chmod(0o644)
+    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match="in the remote are missing or altered.*restore the remote") as caught:
+        fetch(tag, tmp_path / "out", workspace=workspace)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    pulled = subprocess.run([sys.executable, "-m", "dvc", "pull"], check=False, cwd=workspace / "registry", capture_output=True, text=True)
+    assert pulled.returncode != 0
+
+
+def test_a_lost_object_is_refused(workspace: Path, tmp_path: Path) -> None:
+    shutil.rmtree(workspace / "remote" / "files")
+    with pytest.raises(DataError, match="missing or altered"):
+        fetch(git(workspace / "registry", "tag"), tmp_path / "out", workspace=workspace)
+
+
+def test_an_unknown_tag_is_named(workspace: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no data set is tagged '--help'"):
+        fetch("--help", tmp_path / "out", workspace=workspace)
+
+
+def test_an_altered_data_set_is_not_stored(workspace: Path, tmp_path: Path) -> None:
+    data = make(tmp_path / "data", 200)
+    (data / "shard-00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="altered"):
+        version(data, workspace=str(workspace), supplier="acme")
+    assert len(git(workspace / "registry", "tag").splitlines()) == 1
+
+
+HOSTILE = [
+    "../../etc",
+    "",
+    "..",
+    "a b",
+    "A B",
+    "a/b",
+    "x.lock",
+    "--force",
+    "$(id)\n;rm -rf /",
+    "名前",
+    "a" * 500,
+    "\udcff",
+    "acme@{0}",
+    "-",
+]
+
+
+def test_slugs_are_safe_and_never_shared() -> None:
+    slugs = [slug(name) for name in HOSTILE]
+    assert all(re.fullmatch(r"[a-z0-9][a-z0-9-]{0,60}", found) for found in slugs), slugs
+    assert len(set(slugs)) == len(slugs)
+    assert slug("acme-2") == "acme-2"
+
+
+def test_a_hostile_supplier_stays_inside_the_registry(workspace: Path, tmp_path: Path) -> None:
+    supplier = "../../x; touch $(pwd)/pwned\n--force"
+    tag = version(make(tmp_path / "data", 300), workspace=str(workspace), supplier=supplier, date="2026-01-31")["tag"]
+    assert re.fullmatch(r"2026-01-31/x-touch-pwd-pwned-force-[0-9a-f]{8}/[0-9a-f]{12}", tag)
+    assert sorted(path.name for path in workspace.iterdir()) == ["registry", "registry.lock", "remote"]
+    assert fetch(tag, tmp_path / "out", workspace=workspace).num_images == 6
+
+
+def test_the_users_git_settings_and_hooks_do_not_matter(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hook = workspace / "registry" / ".git" / "hooks" / "pre-commit"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other"))
+    monkeypatch.setenv("GIT_AUTHOR_DATE", "nonsense")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".gitconfig").write_text("[commit]\n\tgpgsign = true\n")
+    assert version(make(tmp_path / "data", 400), workspace=str(workspace), supplier="acme")["revision"]
+
+
+def test_an_unwritable_workspace_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "ws").write_text("a file")
+    with pytest.raises(EnvironmentFault, match="cannot write .*registry"):
+        version(make(tmp_path / "data"), workspace=str(tmp_path / "ws"), supplier="acme")
