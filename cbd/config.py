@@ -54,7 +54,7 @@ class Confounder(Section):
 
     steps: int = Field(default=400, gt=0)
     """Budget in optimizer steps (not epochs)."""
-    max_epochs: int = Field(default=25, gt=0)
+    max_epochs: int = Field(default=20, gt=0)
     """Small data sets stop here: beyond it the confounder knows every clean sample by heart as well."""
     batch_size: int = Field(default=128, gt=1)
     """Images per step."""
@@ -66,7 +66,7 @@ class Confounder(Section):
     """L2 penalty."""
     augment: bool = False
     """Crop and flip in stage 1; they cut small triggers away, so the default preset leaves them out."""
-    snapshots: int = Field(default=12, gt=0)
+    snapshots: int = Field(default=10, gt=0)
     """How many times, evenly over the budget, all losses are taken on un-augmented images."""
     pilot: bool = True
     """Also train the pilot, the view that does not see the trigger, without which nothing can be called separated."""
@@ -77,7 +77,7 @@ class Confounder(Section):
 class Deconfounded(Section):
     """Stage 2: the model that is meant to be free of the backdoor."""
 
-    epochs: int = Field(default=20, gt=0)
+    epochs: int = Field(default=25, gt=0)
     """Passes over the data set."""
     batch_size: int = Field(default=128, gt=1)
     """Images per step."""
@@ -101,7 +101,7 @@ class Deconfounded(Section):
     """For `formula`: whether l_b is taken on the augmented view or on the stored image."""
     normalise_weight: bool = False
     """Divide w by its batch mean, as the released code does."""
-    mi_weight: float = Field(default=0.0, ge=0)
+    mi_weight: float = Field(default=0.01, ge=0)
     """Weight of the adversarial mutual-information term I(r; z)."""
     critic_learning_rate: float = Field(default=1e-3, gt=0)
     """Adam step size of the 1-Lipschitz critic."""

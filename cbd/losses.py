@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import cached, register_parametrization
 
 
 def sample_weight(confounder_loss: Tensor, own_loss: Tensor, *, normalise: bool = False) -> Tensor:
@@ -15,21 +15,35 @@ def sample_weight(confounder_loss: Tensor, own_loss: Tensor, *, normalise: bool 
     return weight / weight.mean().clamp_min(1e-8) if normalise else weight
 
 
-class Critic(nn.Module):
-    """T(r, z), a 1-Lipschitz function of a pair of embeddings: spectral norm on every weight, never on a bias, and 1-Lipschitz ReLUs."""
+class UnitSpectralNorm(nn.Module):
+    """A weight divided by its largest singular value, exactly.
 
-    def __init__(self, confounder_size: int, model_size: int, hidden: int = 128) -> None:
+    The usual power iteration follows the weight by one step at a time: after 100 Adam steps it was up to 5 % off, and 2 % with 15
+    iterations a step. For matrices this small the exact norm costs no more.
+    """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        norm: Tensor = torch.linalg.matrix_norm(weight, 2)
+        return weight / norm
+
+
+class Critic(nn.Module):
+    """T(r, z), a 1-Lipschitz function of a pair of embeddings: unit spectral norm of every weight, never of a bias, and ReLUs."""
+
+    def __init__(self, confounder_size: int, model_size: int, hidden: int = 64) -> None:
         super().__init__()
         layers = [nn.Linear(confounder_size + model_size, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 1)]
-        # 15 power iterations at each forward: one alone can leave the top singular value well above 1 while the weights move
-        self.layers = nn.ModuleList(spectral_norm(layer, n_power_iterations=15) for layer in layers)
+        for layer in layers:
+            register_parametrization(layer, "weight", UnitSpectralNorm())
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, r: Tensor, z: Tensor) -> Tensor:
         """T(r, z): float [N] for r [N, R] and z [N, Z]."""
         x = torch.cat((r, z), 1)
         for layer in self.layers[:-1]:
             x = torch.relu(layer(x))
-        return self.layers[-1](x).squeeze(1)
+        values: Tensor = self.layers[-1](x).squeeze(1)
+        return values
 
 
 def wasserstein_dependence(critic: Critic, r: Tensor, z: Tensor, derangement: Tensor) -> Tensor:
@@ -38,7 +52,8 @@ def wasserstein_dependence(critic: Critic, r: Tensor, z: Tensor, derangement: Te
     The critic maximises it on detached embeddings, the model minimises it; at its supremum it is the Wasserstein distance between the
     joint distribution and the product of the margins (Ozair et al., NeurIPS 2019, Wasserstein dependency measure).
     """
-    return critic(r, z).mean() - critic(r, z[derangement]).mean()
+    with cached():  # one norm for both passes
+        return critic(r, z).mean() - critic(r, z[derangement]).mean()  # type: ignore[no-any-return]
 
 
 def derangement(size: int, *, generator: torch.Generator) -> Tensor:

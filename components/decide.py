@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kfp import dsl
 from kfp.dsl import Artifact, Input, Output
 
 from cbd.bundle import bundle_digest, read_card
@@ -15,7 +14,7 @@ from cbd.errors import DataError
 from cbd.files import sha256_file
 from cbd.gate import decide as judge
 from components.decision import find_file, read_object, write_decision
-from components.records import IMAGE, step
+from components.records import kfp_component, step
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +89,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@kfp_component
 def decide_step(
     records: str,
     workspace: str,
@@ -123,7 +122,7 @@ def decide_step(
     return decide_recorded(records, parts, decision.path, policy=policy, workspace=workspace, run_id=run_id)
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@kfp_component
 def refuse_step(
     records: str,
     workspace: str,

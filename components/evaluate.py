@@ -12,7 +12,7 @@ from cbd.config import Gate
 from cbd.dataset import Truth, load_samples, read_info, read_truth
 from cbd.errors import DataError
 from cbd.files import replacing, write_json
-from components.records import IMAGE, progress
+from components.records import kfp_component, progress
 from components.train_deconfounded import EVIDENCE, read_separation
 
 EVALUATION = "evaluation.json"
@@ -47,8 +47,9 @@ def evaluate(model: Path, trusted_set: Path, out: Path, *, policy: Gate, compare
     """
     from cbd import evaluate as measure
     from cbd.models import load_model
-    from cbd.training import best_device
+    from cbd.training import best_device, spare_threads
 
+    spare_threads()
     network, card = load_model(model)
     network.to(best_device())
     info = read_info(trusted_set)
@@ -157,53 +158,51 @@ def _detection(evidence: Path, truth: Truth) -> dict[str, float] | None:
     return detection(-table["rank"].to_numpy().astype(np.float64), poisoned)
 
 
-if hasattr(dsl, "component"):  # inside a running task kfp loads only what a task needs, and this file is imported there, too
+@kfp_component
+def evaluate_step(
+    records: str,
+    workspace: str,
+    run_id: str,
+    name: str,
+    seed: int,
+    gate: dict,
+    dataset: dsl.Input[dsl.Dataset],
+    trusted_set: dsl.Input[dsl.Dataset],
+    truth: dsl.Input[dsl.Artifact],
+    confounder: dsl.Input[dsl.Model],
+    model: dsl.Input[dsl.Model],
+    evidence: dsl.Input[dsl.Artifact],
+    undefended: dsl.Input[dsl.Model],
+    evaluation: dsl.Output[dsl.Artifact],
+):
+    """Attacks and measures the model on the trusted set.
 
-    @dsl.component(base_image=IMAGE, install_kfp_package=False)
-    def evaluate_step(
-        records: str,
-        workspace: str,
-        run_id: str,
-        name: str,
-        seed: int,
-        gate: dict,
-        dataset: dsl.Input[dsl.Dataset],
-        trusted_set: dsl.Input[dsl.Dataset],
-        truth: dsl.Input[dsl.Artifact],
-        confounder: dsl.Input[dsl.Model],
-        model: dsl.Input[dsl.Model],
-        evidence: dsl.Input[dsl.Artifact],
-        undefended: dsl.Input[dsl.Model],
-        evaluation: dsl.Output[dsl.Artifact],
-    ):
-        """Attacks and measures the model on the trusted set.
+    Args:
+        records: prefix of the step records.
+        workspace: folder in which the champion is looked up.
+        run_id: names the run in the tracking server.
+        name: name of the registered model.
+        seed: seed of the harmless triggers.
+        gate: section `gate` of params.yaml.
+        dataset: the untrusted data set.
+        trusted_set: the trusted set.
+        truth: what is known about the poison.
+        confounder: what stage 1 left behind.
+        model: the candidate.
+        evidence: the table of all samples.
+        undefended: the undefended model, or nothing.
+        evaluation: all measurements.
+    """
+    from pathlib import Path
 
-        Args:
-            records: prefix of the step records.
-            workspace: folder in which the champion is looked up.
-            run_id: names the run in the tracking server.
-            name: name of the registered model.
-            seed: seed of the harmless triggers.
-            gate: section `gate` of params.yaml.
-            dataset: the untrusted data set.
-            trusted_set: the trusted set.
-            truth: what is known about the poison.
-            confounder: what stage 1 left behind.
-            model: the candidate.
-            evidence: the table of all samples.
-            undefended: the undefended model, or nothing.
-            evaluation: all measurements.
-        """
-        from pathlib import Path
+    from components.evaluate import evaluate_run
+    from components.records import step
 
-        from components.evaluate import evaluate_run
-        from components.records import step
-
-        with step(records, "evaluate") as outputs:
-            outputs["paths"] = {"evaluation": evaluation.path}
-            inputs = {"trusted_set": trusted_set, "truth": truth, "confounder": confounder, "model": model}
-            paths = {key: Path(artifact.path) for key, artifact in {**inputs, "evidence": evidence, "undefended": undefended}.items()}
-            outputs |= evaluate_run(paths, Path(evaluation.path), policy=gate, seed=seed, workspace=workspace, name=name)
+    with step(records, "evaluate") as outputs:
+        outputs["paths"] = {"evaluation": evaluation.path}
+        inputs = {"trusted_set": trusted_set, "truth": truth, "confounder": confounder, "model": model}
+        paths = {key: Path(artifact.path) for key, artifact in {**inputs, "evidence": evidence, "undefended": undefended}.items()}
+        outputs |= evaluate_run(paths, Path(evaluation.path), policy=gate, seed=seed, workspace=workspace, name=name)
 
 
 def evaluate_run(paths: dict[str, Path], out: Path, *, policy: dict[str, Any], seed: int, workspace: str, name: str) -> dict[str, Any]:

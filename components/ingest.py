@@ -20,7 +20,7 @@ from cbd.files import replacing, write_json
 from components.delivery import read_delivery
 from components.intake import Intake, Summary, take_in
 from components.rawfiles import printable
-from components.records import IMAGE, progress
+from components.records import kfp_component, progress
 
 TRUSTED_SOURCE = "trusted"
 
@@ -181,52 +181,50 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-if hasattr(dsl, "component"):  # inside a running task kfp loads only what a task needs, and this file is imported there, too
+@kfp_component
+def ingest_step(
+    data: str,
+    trusted: str,
+    records: str,
+    supplier: str,
+    limit: int,
+    truth_source: str,
+    seed: int,
+    params: dict,
+    poison: dict,
+    dataset: dsl.Output[dsl.Dataset],
+    trusted_set: dsl.Output[dsl.Dataset],
+    quarantine: dsl.Output[dsl.Artifact],
+    truth: dsl.Output[dsl.Artifact],
+    digest: dsl.OutputPath(str),
+):
+    """Takes a delivery and a trusted set in.
 
-    @dsl.component(base_image=IMAGE, install_kfp_package=False)
-    def ingest_step(
-        data: str,
-        trusted: str,
-        records: str,
-        supplier: str,
-        limit: int,
-        truth_source: str,
-        seed: int,
-        params: dict,
-        poison: dict,
-        dataset: dsl.Output[dsl.Dataset],
-        trusted_set: dsl.Output[dsl.Dataset],
-        quarantine: dsl.Output[dsl.Artifact],
-        truth: dsl.Output[dsl.Artifact],
-        digest: dsl.OutputPath(str),
-    ):
-        """Takes a delivery and a trusted set in.
+    Args:
+        data: delivery; local path or s3://bucket/prefix.
+        trusted: trusted set; the same forms.
+        records: prefix of the step records.
+        supplier: who sent the delivery.
+        limit: take in only the first so many files; 0 for all.
+        truth_source: TRUTH folder of the delivery, or empty.
+        seed: seed of the poison of a trial.
+        params: section `ingest` of params.yaml.
+        poison: section `poison` of params.yaml.
+        dataset: the data set.
+        trusted_set: the trusted set, as a data set of its own.
+        quarantine: refused files with reasons.
+        truth: what is known about the poison.
+        digest: digest of the data set.
+    """
+    from pathlib import Path
 
-        Args:
-            data: delivery; local path or s3://bucket/prefix.
-            trusted: trusted set; the same forms.
-            records: prefix of the step records.
-            supplier: who sent the delivery.
-            limit: take in only the first so many files; 0 for all.
-            truth_source: TRUTH folder of the delivery, or empty.
-            seed: seed of the poison of a trial.
-            params: section `ingest` of params.yaml.
-            poison: section `poison` of params.yaml.
-            dataset: the data set.
-            trusted_set: the trusted set, as a data set of its own.
-            quarantine: refused files with reasons.
-            truth: what is known about the poison.
-            digest: digest of the data set.
-        """
-        from pathlib import Path
+    from cbd.config import Ingest, Poison, check_section
+    from components.ingest import IngestOptions, IngestPaths, ingest
+    from components.records import step
 
-        from cbd.config import Ingest, Poison, check_section
-        from components.ingest import IngestOptions, IngestPaths, ingest
-        from components.records import step
-
-        with step(records, "ingest") as outputs:
-            attack = check_section(Poison, poison, name="poison")
-            options = IngestOptions(supplier, int(limit), truth_source, attack, int(seed))
-            places = IngestPaths(*(Path(artifact.path) for artifact in (dataset, trusted_set, quarantine, truth)))
-            outputs |= ingest(data, trusted, outputs=places, params=check_section(Ingest, params, name="ingest"), options=options)
-            Path(digest).write_text(outputs["digest"])
+    with step(records, "ingest") as outputs:
+        attack = check_section(Poison, poison, name="poison")
+        options = IngestOptions(supplier, int(limit), truth_source, attack, int(seed))
+        places = IngestPaths(*(Path(artifact.path) for artifact in (dataset, trusted_set, quarantine, truth)))
+        outputs |= ingest(data, trusted, outputs=places, params=check_section(Ingest, params, name="ingest"), options=options)
+        Path(digest).write_text(outputs["digest"])

@@ -5,15 +5,22 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from kfp import dsl
 
 from cbd.errors import CbdError
 from cbd.files import write_json
 
 IMAGE = "cbd-python:by-digest"
 """Base image of every component: a placeholder that `cbd compile --image` fills in."""
+
+
+def kfp_component(function: Callable[..., Any]) -> Any:
+    """The KFP component with this body; inside a running task, where kfp loads only what a task needs, the plain function."""
+    return dsl.component(base_image=IMAGE, install_kfp_package=False)(function) if hasattr(dsl, "component") else function
 
 
 @contextlib.contextmanager

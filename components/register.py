@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from kfp import dsl
 from kfp.dsl import Artifact, Input
 
 from cbd.audit import LOG, append, ensure_key, load_public_key, verify_log
 from cbd.bundle import BundleCard, bundle_digest, read_card
 from cbd.errors import DataError
 from components.decision import SignedDecision, read_decision
-from components.records import IMAGE, step
+from components.records import kfp_component, step
 from components.tracking import check_reachable, find_version, log_run, register_bundle, registered_name, set_alias
 
 BRANCHES = {"PASS": "promote", "REVIEW": "hold"}
@@ -75,7 +74,7 @@ def _log_once(workspace: Path, told: dict[str, Any]) -> None:
         append(workspace / LOG, "register", told, key=key)
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@kfp_component
 def register_step(
     records: str,
     branch: str,

@@ -11,7 +11,7 @@ from cbd.errors import CbdError
 from cbd.files import replacing, write_json
 from components.pages import View, delivery, measured, measures, provenance, render
 from components.pages.text import clip, count, percent
-from components.records import IMAGE, step
+from components.records import kfp_component, step
 from components.summary import Run, read_run, summarise
 
 SECTIONS: dict[str, Callable[[Run], View]] = {
@@ -119,18 +119,16 @@ def _delivery_tile(run: Run) -> View:
     return {"name": "Images accepted", "value": count(ingest.get("accepted")), "note": note}
 
 
-if hasattr(dsl, "component"):  # inside a running task kfp loads only what a task needs, and this file is imported there, too
+@kfp_component
+def report_step(records: str, workspace: str, run_id: str, status: dsl.PipelineTaskFinalStatus):
+    """Writes the report after the run, however it ended, and fails the run if the wrong branch ran.
 
-    @dsl.component(base_image=IMAGE, install_kfp_package=False)
-    def report_step(records: str, workspace: str, run_id: str, status: dsl.PipelineTaskFinalStatus):
-        """Writes the report after the run, however it ended, and fails the run if the wrong branch ran.
+    Args:
+        records: folder of the steps' records; the page goes beside it.
+        workspace: folder of the workspace, for the tracking server.
+        run_id: the run whose tracking run is closed.
+        status: how the pipeline ended.
+    """
+    from components.report import close
 
-        Args:
-            records: folder of the steps' records; the page goes beside it.
-            workspace: folder of the workspace, for the tracking server.
-            run_id: the run whose tracking run is closed.
-            status: how the pipeline ended.
-        """
-        from components.report import close
-
-        close(records, workspace=workspace, run_id=run_id, final_status=vars(status))
+    close(records, workspace=workspace, run_id=run_id, final_status=vars(status))

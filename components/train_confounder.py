@@ -7,7 +7,7 @@ from kfp import dsl
 
 from cbd.config import Params
 from cbd.files import replacing, write_json
-from components.records import IMAGE
+from components.records import kfp_component
 from components.training import card_of, checkpoint_folder, live_curves, load, teller, write_history
 
 LOSSES = "losses.parquet"
@@ -99,41 +99,39 @@ def _write_separation(folder: Path, found: Any, preferences: Any, *, data: Any, 
     return told
 
 
-if hasattr(dsl, "component"):  # inside a running task kfp loads only what a task needs, and this file is imported there, too
+@kfp_component
+def train_confounder_step(
+    records: str,
+    workspace: str,
+    run_id: str,
+    seed: int,
+    preset: str,
+    model_params: dict,
+    confounder_params: dict,
+    dataset: dsl.Input[dsl.Dataset],
+    confounder: dsl.Output[dsl.Model],
+):
+    """Trains the confounder and the pilot.
 
-    @dsl.component(base_image=IMAGE, install_kfp_package=False)
-    def train_confounder_step(
-        records: str,
-        workspace: str,
-        run_id: str,
-        seed: int,
-        preset: str,
-        model_params: dict,
-        confounder_params: dict,
-        dataset: dsl.Input[dsl.Dataset],
-        confounder: dsl.Output[dsl.Model],
-    ):
-        """Trains the confounder and the pilot.
+    Args:
+        records: prefix of the step records.
+        workspace: folder of checkpoints and tracking store.
+        run_id: names the run in the tracking server.
+        seed: seed of every generator.
+        preset: name of the preset.
+        model_params: section `model` of params.yaml.
+        confounder_params: section `confounder` of params.yaml.
+        dataset: the untrusted data set.
+        confounder: bundle, per-sample losses, separation and curves.
+    """
+    from pathlib import Path
 
-        Args:
-            records: prefix of the step records.
-            workspace: folder of checkpoints and tracking store.
-            run_id: names the run in the tracking server.
-            seed: seed of every generator.
-            preset: name of the preset.
-            model_params: section `model` of params.yaml.
-            confounder_params: section `confounder` of params.yaml.
-            dataset: the untrusted data set.
-            confounder: bundle, per-sample losses, separation and curves.
-        """
-        from pathlib import Path
+    from components.records import step
+    from components.train_confounder import train_confounder
+    from components.training import training_params
 
-        from components.records import step
-        from components.train_confounder import train_confounder
-        from components.training import training_params
-
-        with step(records, "train_confounder") as outputs:
-            outputs["paths"] = {"confounder": confounder.path}
-            params = training_params(seed, preset, model_params, confounder=confounder_params)
-            made = {"params": params, "checkpoints": Path(workspace) / "checkpoints", "tracked": (workspace, run_id)}
-            outputs |= train_confounder(Path(dataset.path), Path(confounder.path), **made)
+    with step(records, "train_confounder") as outputs:
+        outputs["paths"] = {"confounder": confounder.path}
+        params = training_params(seed, preset, model_params, confounder=confounder_params)
+        made = {"params": params, "checkpoints": Path(workspace) / "checkpoints", "tracked": (workspace, run_id)}
+        outputs |= train_confounder(Path(dataset.path), Path(confounder.path), **made)

@@ -10,7 +10,7 @@ from cbd.bundle import bundle_digest
 from cbd.config import Params
 from cbd.errors import DataError
 from cbd.files import replacing
-from components.records import IMAGE
+from components.records import kfp_component
 from components.train_confounder import LOSSES, SEPARATION
 from components.training import Loaded, card_of, checkpoint_folder, live_curves, load, teller, write_history
 
@@ -120,46 +120,44 @@ def read_separation(confounder: Path) -> dict[str, Any]:
     return told
 
 
-if hasattr(dsl, "component"):  # inside a running task kfp loads only what a task needs, and this file is imported there, too
+@kfp_component
+def train_deconfounded_step(
+    records: str,
+    workspace: str,
+    run_id: str,
+    seed: int,
+    preset: str,
+    model_params: dict,
+    deconfounded_params: dict,
+    dataset: dsl.Input[dsl.Dataset],
+    confounder: dsl.Input[dsl.Model],
+    model: dsl.Output[dsl.Model],
+    evidence: dsl.Output[dsl.Artifact],
+):
+    """Trains the deconfounded model.
 
-    @dsl.component(base_image=IMAGE, install_kfp_package=False)
-    def train_deconfounded_step(
-        records: str,
-        workspace: str,
-        run_id: str,
-        seed: int,
-        preset: str,
-        model_params: dict,
-        deconfounded_params: dict,
-        dataset: dsl.Input[dsl.Dataset],
-        confounder: dsl.Input[dsl.Model],
-        model: dsl.Output[dsl.Model],
-        evidence: dsl.Output[dsl.Artifact],
-    ):
-        """Trains the deconfounded model.
+    Args:
+        records: prefix of the step records.
+        workspace: folder of checkpoints and tracking store.
+        run_id: names the run in the tracking server.
+        seed: seed of every generator.
+        preset: name of the preset.
+        model_params: section `model` of params.yaml.
+        deconfounded_params: section `deconfounded` of params.yaml.
+        dataset: the untrusted data set.
+        confounder: what stage 1 left behind.
+        model: the deconfounded model's bundle.
+        evidence: the table of all samples.
+    """
+    from pathlib import Path
 
-        Args:
-            records: prefix of the step records.
-            workspace: folder of checkpoints and tracking store.
-            run_id: names the run in the tracking server.
-            seed: seed of every generator.
-            preset: name of the preset.
-            model_params: section `model` of params.yaml.
-            deconfounded_params: section `deconfounded` of params.yaml.
-            dataset: the untrusted data set.
-            confounder: what stage 1 left behind.
-            model: the deconfounded model's bundle.
-            evidence: the table of all samples.
-        """
-        from pathlib import Path
+    from components.records import step
+    from components.train_deconfounded import train_deconfounded
+    from components.training import training_params
 
-        from components.records import step
-        from components.train_deconfounded import train_deconfounded
-        from components.training import training_params
-
-        with step(records, "train_deconfounded") as outputs:
-            outputs["paths"] = {"model": model.path, "evidence": evidence.path}
-            params = training_params(seed, preset, model_params, deconfounded=deconfounded_params)
-            made = {"params": params, "checkpoints": Path(workspace) / "checkpoints", "tracked": (workspace, run_id)}
-            out = {"model": Path(model.path), "evidence": Path(evidence.path)}
-            outputs |= train_deconfounded(Path(dataset.path), Path(confounder.path), **out, **made)
+    with step(records, "train_deconfounded") as outputs:
+        outputs["paths"] = {"model": model.path, "evidence": evidence.path}
+        params = training_params(seed, preset, model_params, deconfounded=deconfounded_params)
+        made = {"params": params, "checkpoints": Path(workspace) / "checkpoints", "tracked": (workspace, run_id)}
+        out = {"model": Path(model.path), "evidence": Path(evidence.path)}
+        outputs |= train_deconfounded(Path(dataset.path), Path(confounder.path), **out, **made)

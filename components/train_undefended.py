@@ -8,7 +8,7 @@ from kfp import dsl
 from cbd.bundle import bundle_digest
 from cbd.config import Params
 from cbd.files import replacing
-from components.records import IMAGE
+from components.records import kfp_component
 from components.training import card_of, checkpoint_folder, live_curves, load, teller, write_history
 
 
@@ -42,44 +42,42 @@ def train_undefended(
     return {"model_digest": bundle_digest(model)}
 
 
-if hasattr(dsl, "component"):  # inside a running task kfp loads only what a task needs, and this file is imported there, too
+@kfp_component
+def train_undefended_step(
+    records: str,
+    workspace: str,
+    run_id: str,
+    enabled: bool,
+    seed: int,
+    preset: str,
+    model_params: dict,
+    deconfounded_params: dict,
+    dataset: dsl.Input[dsl.Dataset],
+    model: dsl.Output[dsl.Model],
+):
+    """Trains without defence, if that is wanted.
 
-    @dsl.component(base_image=IMAGE, install_kfp_package=False)
-    def train_undefended_step(
-        records: str,
-        workspace: str,
-        run_id: str,
-        enabled: bool,
-        seed: int,
-        preset: str,
-        model_params: dict,
-        deconfounded_params: dict,
-        dataset: dsl.Input[dsl.Dataset],
-        model: dsl.Output[dsl.Model],
-    ):
-        """Trains without defence, if that is wanted.
+    Args:
+        records: prefix of the step records.
+        workspace: folder of checkpoints and tracking store.
+        run_id: names the run in the tracking server.
+        enabled: whether it is wanted; otherwise nothing is done and no record is left.
+        seed: seed of every generator.
+        preset: name of the preset.
+        model_params: section `model` of params.yaml.
+        deconfounded_params: section `deconfounded` of params.yaml.
+        dataset: the untrusted data set.
+        model: the undefended model's bundle.
+    """
+    from pathlib import Path
 
-        Args:
-            records: prefix of the step records.
-            workspace: folder of checkpoints and tracking store.
-            run_id: names the run in the tracking server.
-            enabled: whether it is wanted; otherwise nothing is done and no record is left.
-            seed: seed of every generator.
-            preset: name of the preset.
-            model_params: section `model` of params.yaml.
-            deconfounded_params: section `deconfounded` of params.yaml.
-            dataset: the untrusted data set.
-            model: the undefended model's bundle.
-        """
-        from pathlib import Path
+    from components.records import step
+    from components.train_undefended import train_undefended
+    from components.training import training_params
 
-        from components.records import step
-        from components.train_undefended import train_undefended
-        from components.training import training_params
-
-        if enabled:
-            with step(records, "train_undefended") as outputs:
-                outputs["paths"] = {"model": model.path}
-                params = training_params(seed, preset, model_params, deconfounded=deconfounded_params)
-                made = {"params": params, "checkpoints": Path(workspace) / "checkpoints", "tracked": (workspace, run_id)}
-                outputs |= train_undefended(Path(dataset.path), Path(model.path), **made)
+    if enabled:
+        with step(records, "train_undefended") as outputs:
+            outputs["paths"] = {"model": model.path}
+            params = training_params(seed, preset, model_params, deconfounded=deconfounded_params)
+            made = {"params": params, "checkpoints": Path(workspace) / "checkpoints", "tracked": (workspace, run_id)}
+            outputs |= train_undefended(Path(dataset.path), Path(model.path), **made)

@@ -14,7 +14,7 @@ from cbd.dataset import DatasetInfo, read_manifest, verify_dataset
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file, write_json
 from cbd.images import extension_matches
-from components.records import IMAGE
+from components.records import kfp_component
 
 SUITE = Path(__file__).parent.parent / "data" / "suites" / "delivery.json"
 
@@ -101,25 +101,23 @@ def _check(expectation: dict[str, Any], result: Any) -> dict[str, Any]:
     }
 
 
-if hasattr(dsl, "component"):  # inside a running task kfp loads only what a task needs, and this file is imported there, too
+@kfp_component
+def validate_step(
+    records: str, dataset: dsl.Input[dsl.Dataset], trusted_set: dsl.Input[dsl.Dataset], validation: dsl.Output[dsl.Artifact]
+) -> bool:
+    """Validates a data set; the unnamed output says whether it passed.
 
-    @dsl.component(base_image=IMAGE, install_kfp_package=False)
-    def validate_step(
-        records: str, dataset: dsl.Input[dsl.Dataset], trusted_set: dsl.Input[dsl.Dataset], validation: dsl.Output[dsl.Artifact]
-    ) -> bool:
-        """Validates a data set; the unnamed output says whether it passed.
+    Args:
+        records: prefix of the step records.
+        dataset: the data set.
+        trusted_set: the trusted set.
+        validation: the result of every check.
+    """
+    from pathlib import Path
 
-        Args:
-            records: prefix of the step records.
-            dataset: the data set.
-            trusted_set: the trusted set.
-            validation: the result of every check.
-        """
-        from pathlib import Path
+    from components.records import step
+    from components.validate import validate
 
-        from components.records import step
-        from components.validate import validate
-
-        with step(records, "validate") as outputs:
-            outputs |= validate(Path(dataset.path), Path(validation.path), trusted_set=Path(trusted_set.path))
-        return outputs["passed"]
+    with step(records, "validate") as outputs:
+        outputs |= validate(Path(dataset.path), Path(validation.path), trusted_set=Path(trusted_set.path))
+    return outputs["passed"]

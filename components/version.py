@@ -7,7 +7,7 @@ from typing import Any
 from kfp import dsl
 
 from cbd.dataset import verify_dataset
-from components.records import IMAGE
+from components.records import kfp_component
 from components.registry import store
 
 
@@ -30,24 +30,22 @@ def version(dataset: Path, *, workspace: str, supplier: str, date: str | None = 
     return {"revision": stored.revision, "tag": stored.tag, "digest": info.digest}
 
 
-if hasattr(dsl, "component"):  # inside a running task kfp loads only what a task needs, and this file is imported there, too
+@kfp_component
+def version_step(records: str, dataset: dsl.Input[dsl.Dataset], workspace: str, supplier: str, revision: dsl.OutputPath(str)):
+    """Versions a data set in the data registry.
 
-    @dsl.component(base_image=IMAGE, install_kfp_package=False)
-    def version_step(records: str, dataset: dsl.Input[dsl.Dataset], workspace: str, supplier: str, revision: dsl.OutputPath(str)):
-        """Versions a data set in the data registry.
+    Args:
+        records: prefix of the step records.
+        dataset: the data set.
+        workspace: folder of the registry and its remote.
+        supplier: who sent the delivery.
+        revision: commit of the data set in the registry.
+    """
+    from pathlib import Path
 
-        Args:
-            records: prefix of the step records.
-            dataset: the data set.
-            workspace: folder of the registry and its remote.
-            supplier: who sent the delivery.
-            revision: commit of the data set in the registry.
-        """
-        from pathlib import Path
+    from components.records import step
+    from components.version import version
 
-        from components.records import step
-        from components.version import version
-
-        with step(records, "version") as outputs:
-            outputs |= version(Path(dataset.path), workspace=workspace, supplier=supplier)
-            Path(revision).write_text(outputs["revision"])
+    with step(records, "version") as outputs:
+        outputs |= version(Path(dataset.path), workspace=workspace, supplier=supplier)
+        Path(revision).write_text(outputs["revision"])

@@ -52,9 +52,9 @@ def _lines(result: dict[str, Any]) -> list[str]:
 
 
 def _following(result: dict[str, Any]) -> str:
-    model = result["model"]
+    model, workspace = result["model"], result["workspace"]
     if model["alias"]:
-        return f"cbd predict models:/{model['name']}@{model['alias']} --workspace {result['workspace']} --data IMAGES --out predictions.parquet"
+        return f"cbd predict models:/{model['name']}@{model['alias']} --workspace {workspace} --data IMAGES --out predictions.parquet"
     return f"cbd suspects {result['run_dir']}"
 
 

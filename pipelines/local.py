@@ -158,8 +158,10 @@ def _refuse_rewritten(value: Any) -> None:
 
 def _run_step(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
     """The exit status of a step's command. KFP's own breaks the whole run, exit handler included, on output that is no UTF-8."""
-    settings = {"encoding": "utf-8", "errors": "backslashreplace", "env": {**os.environ, **(env_vars or {})}}
-    with subprocess.Popen(full_command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings) as step:
+    env = {**os.environ, **(env_vars or {})}
+    with subprocess.Popen(
+        full_command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="backslashreplace", env=env
+    ) as step:
         for line in step.stdout or ():
             print(line, end="")
         return step.wait()

@@ -97,7 +97,7 @@ def retrain(
         sets = {"dataset": dataset, "trusted_set": taken["trusted_set"]}
         validated = uncached(validate_step(records=records, **sets)).outputs
         judged = {"policy": gate, "validation": validated["validation"], **sets, **run}
-        with dsl.If(validated["Output"] == True, name="usable"):
+        with dsl.If(validated["Output"] == True, name="usable"):  # noqa: E712 (an expression for KFP, not for Python)
             versioned = uncached(version_step(records=records, dataset=dataset, workspace=workspace, supplier=supplier))
             training = {"dataset": dataset, "seed": seed, "preset": preset, "model_params": model, **run}
             caught = on_gpu(train_confounder_step(confounder_params=confounder, **training)).after(versioned).outputs["confounder"]

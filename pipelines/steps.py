@@ -1,12 +1,20 @@
 """Single steps by hand: the same functions that the pipeline's components call."""
 
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cbd.config import Params
+from cbd.errors import DataError
 from pipelines.launch import check_uri
 from pipelines.outcome import find_artifact, find_run
-from pipelines.progress import by_hand
+from pipelines.progress import by_hand, printable
+
+if TYPE_CHECKING:
+    from cbd.dataset import Row
 
 SUSPECT_COLUMNS = ["rank", "original_path", "given", "predicted", "sample_weight", "suspect", "sample_id"]
 
@@ -38,6 +46,82 @@ def validate(dataset: Path, trusted_set: Path, out: Path) -> dict[str, Any]:
     from components.validate import validate as check
 
     return check(dataset, out, trusted_set=trusted_set)
+
+
+@by_hand()
+def train(dataset: Path, out: Path, *, params: Params, checkpoints: Path) -> dict[str, Any]:
+    """Digests and separation of a confounder in `out/confounder` and a deconfounded model in `out/model`, evidence in `out/evidence`."""
+    from components.train_confounder import train_confounder
+    from components.train_deconfounded import train_deconfounded
+    from components.training import training_params
+
+    sections = params.model_dump(mode="json")
+    given = (params.seed, params.preset, sections["model"])
+    caught = train_confounder(
+        dataset, out / "confounder", params=training_params(*given, confounder=sections["confounder"]), checkpoints=checkpoints
+    )
+    trained = train_deconfounded(
+        dataset,
+        out / "confounder",
+        model=out / "model",
+        evidence=out / "evidence",
+        params=training_params(*given, deconfounded=sections["deconfounded"]),
+        checkpoints=checkpoints,
+    )
+    return {"confounder": caught, **trained}
+
+
+@by_hand()
+def evaluate(model: str, trusted: str, *, params: Params, truth: Path | None, out: Path | None, workspace: Path) -> dict[str, Any]:
+    """The measurements of a model, or of all that `train` wrote to a folder; `trusted` is a data set or a delivery.
+
+    Raises:
+        DataError: no such model or images, or they do not fit together.
+    """
+    from cbd.bundle import read_card
+    from cbd.dataset import INFO, read_truth
+    from components.evaluate import EVALUATION, Compared
+    from components.evaluate import evaluate as measure
+    from components.tracking import fetch_model
+
+    check_uri("--trusted", trusted)
+    trained, known = Path(model), read_truth(truth) if truth else None
+    compared, bundle = Compared(truth=known), trained / "model"
+    if bundle.is_dir():
+        compared = Compared(trained / "confounder", trained / "evidence", truth=known)
+    else:
+        bundle = fetch_model(model, workspace)
+    with tempfile.TemporaryDirectory() as folder:
+        trusted_set, place = Path(trusted), out or Path(folder) / "evaluation"
+        if not (trusted_set / INFO).is_file():
+            trusted_set = Path(folder) / "trusted"
+            _take_in(trusted, trusted_set, read_card(bundle).class_names, params)
+        measure(bundle, trusted_set, place, policy=params.gate, compared=compared, seed=params.seed)
+        measured: dict[str, Any] = json.loads((place / EVALUATION).read_text())
+    shown = ("clean_accuracy", "attack_success_rate", "confounder", "detection", "num_images", "model_digest", "trusted_digest")
+    return {name: measured[name] for name in shown}
+
+
+def _take_in(delivery: str, out: Path, class_names: tuple[str, ...], params: Params) -> None:
+    """Writes the usable images of a delivery to `out`, with a model's classes; what is left out is told on stderr."""
+    from cbd.dataset import make_row, to_batches, write_dataset
+    from cbd.images import Refused
+    from components.delivery import read_delivery
+
+    def rows() -> Iterator["Row"]:
+        for raw in opened.files:
+            try:
+                if raw.data is None:
+                    raise raw.refusal or Refused("unreadable", "no data")
+                if raw.label_name not in class_names:
+                    raise DataError(f"--trusted {delivery}: class {raw.label_name!r}, expected the model's: {', '.join(class_names)}")
+                label, limit = class_names.index(raw.label_name), params.ingest.max_pixels
+                yield make_row(raw.data, label=label, original_path=raw.original_path, source="trusted", max_pixels=limit)
+            except Refused as refusal:
+                print(f"left out: {printable(raw.original_path)}: {refusal.reason}", file=sys.stderr)
+
+    with read_delivery(delivery, name="trusted set", max_file_bytes=params.ingest.max_file_bytes) as opened:
+        write_dataset(out, to_batches(rows()), class_names=class_names, supplier="trusted")
 
 
 @by_hand()

@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from components.records import IMAGE
+from components.records import kfp_component
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@kfp_component
 def ingest_step(records: str, deed: str, made: dsl.Output[dsl.Artifact]):
     """Does what `deed` says while its record is open."""
     import os
@@ -40,7 +40,7 @@ def ingest_step(records: str, deed: str, made: dsl.Output[dsl.Artifact]):
         outputs["settings"] = {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "MLFLOW_DISABLE_TELEMETRY", "TMPDIR")}
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@kfp_component
 def decide_step(records: str, made: dsl.Input[dsl.Artifact], verdict: str) -> str:
     """Says `verdict`."""
     from pathlib import Path
@@ -52,7 +52,7 @@ def decide_step(records: str, made: dsl.Input[dsl.Artifact], verdict: str) -> st
     return verdict
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@kfp_component
 def register_step(records: str, made: dsl.Input[dsl.Artifact], branch: str):
     """Says which branch ran."""
     from components.records import step
@@ -61,7 +61,7 @@ def register_step(records: str, made: dsl.Input[dsl.Artifact], branch: str):
         outputs["branch"] = branch
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@kfp_component
 def report_step(records: str, status: dsl.PipelineTaskFinalStatus):
     """Says how the pipeline ended."""
     from components.records import step

@@ -43,7 +43,8 @@ def test_help_comes_in_half_a_second() -> None:
 
 
 def test_heavy_packages_are_not_imported_for_help() -> None:
-    code = "import sys, pipelines.cli; print([m for m in ('torch','kfp','mlflow','dvc','pandas','pyarrow','rich','pydantic') if m in sys.modules])"
+    heavy = ("torch", "kfp", "mlflow", "dvc", "pandas", "pyarrow", "rich", "pydantic")
+    code = f"import sys, pipelines.cli; print([name for name in {heavy} if name in sys.modules])"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(cli.__file__).parent.parent)
     assert told.stdout.strip() == "[]"
 

@@ -85,7 +85,7 @@ def cbd(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[int, 
 
 @contextlib.contextmanager
 def killing(step: str, place: Place, *, after: str = "") -> Iterator[list[int]]:
-    """Inside, the process of that step is killed with -9 as soon as it is seen, or as soon as the log holds `after`; yields what was killed."""
+    """Inside, that step is killed with -9 as soon as it is seen, or as soon as the log holds `after`; yields the killed process."""
     killed: list[int] = []
     over = threading.Event()
     mine = str(place.root).encode()
