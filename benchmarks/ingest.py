@@ -57,7 +57,8 @@ def main() -> int:
     else:
         print(f"{result['num_images']} images, {arguments.runs} paired runs ({result['machine']})")
         print(
-            f"bare decode {result['bare_decode_seconds']} s, full ingest {result['ingest_seconds']} s, ratio {result['ratio']} (target {TARGET})"
+            f"bare decode {result['bare_decode_seconds']} s, full ingest {result['ingest_seconds']} s, "
+            f"ratio {result['ratio']} (target {TARGET})"
         )
     return 0 if result["ratio"] <= TARGET else 1
 

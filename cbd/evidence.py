@@ -1,5 +1,6 @@
 """Evidence on every sample: do the two views tell a group of samples apart, which ones, and how much may each weigh?"""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,10 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-MIN_GAP = 2.0
+MIN_GAP = 3.0
 """Least distance, in pooled standard deviations, between the suspects and every other group."""
-MIN_PREFERENCE = 0.25
-"""Least mean preference of the pilot for another class among the suspects."""
+MIN_PREFERENCE = 0.15
+"""Least mean preference of the pilot for another class in a suspect group."""
+EASY = math.log(math.log(2))
+"""Log of the loss at even odds: below it the confounder believes the given label more than all others together."""
 MIN_SUSPECTS = 10
 MAX_SHARE = 0.5
 """A larger group cannot be told from the honest samples without knowing which is which."""
@@ -35,8 +38,9 @@ class Separation:
 def separate(losses: Floats, preferences: Floats, *, seed: int) -> Separation:
     """Looks for poison as a group of its own in the plane of log confounder loss and the pilot's preference for another class.
 
-    A Gaussian mixture of `NUM_GROUPS` is fitted to the plane. Only a dirty-label backdoor is low in the one and high in the other: easy
-    clean samples are low in both, hard and mislabelled ones high in both. Clean-label poison is not seen by this.
+    A Gaussian mixture of `NUM_GROUPS` is fitted to the plane; suspect are the groups that the confounder believes and the pilot does not.
+    Only a dirty-label backdoor is low in the one and high in the other: easy clean samples are low in both, hard and mislabelled ones
+    high in both. Clean-label poison is not seen by this.
 
     Args:
         losses: float [N] > 0, the confounder's.
@@ -51,16 +55,14 @@ def separate(losses: Floats, preferences: Floats, *, seed: int) -> Separation:
         return Separation(False, 0.0, 0.0, np.zeros(len(plane)))
     scaled = (plane - plane.mean(0)) / spread
     mixture = GaussianMixture(NUM_GROUPS, n_init=2, random_state=seed, reg_covar=1e-4).fit(scaled)
-    group = int(np.argmax(mixture.means_[:, 1] - mixture.means_[:, 0]))
-    posterior = mixture.predict_proba(scaled)[:, group]
+    means = mixture.means_ * spread + plane.mean(0)
+    suspect = (means[:, 0] < EASY) & (means[:, 1] >= MIN_PREFERENCE)
+    if not suspect.any() or suspect.all():
+        return Separation(False, 0.0, 0.0, np.zeros(len(plane)))
+    posterior = mixture.predict_proba(scaled)[:, suspect].sum(1)
     inside = posterior > 0.5
-    gap = min(_distance(mixture, group, other) for other in range(NUM_GROUPS) if other != group)
-    found = (
-        gap >= MIN_GAP
-        and MIN_SUSPECTS <= inside.sum() <= MAX_SHARE * len(plane)
-        and plane[inside, 1].mean() >= MIN_PREFERENCE
-        and plane[inside, 0].mean() < np.median(plane[~inside, 0])
-    )
+    gap = min(_distance(mixture, int(one), int(other)) for one in np.flatnonzero(suspect) for other in np.flatnonzero(~suspect))
+    found = gap >= MIN_GAP and MIN_SUSPECTS <= inside.sum() <= MAX_SHARE * len(plane)
     return Separation(bool(found), round(gap, 3), float(inside.mean()), posterior if found else np.zeros(len(plane)))
 
 

@@ -16,8 +16,8 @@ from cbd.config import Params
 from cbd.models import Network, make_model
 from cbd.training import OnEpoch, Session, augment, autocast, batches, make_sgd, mean_measures
 
-MEMORY = 0.7
-"""Share of the running preference that is kept at each snapshot."""
+RISE, FALL = 0.5, 0.1
+"""How far the running preference follows a snapshot upwards and downwards: what was suspect once is let back in slowly."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ def preference(logits: Tensor, labels: Tensor) -> Tensor:
     """
     probabilities = logits.softmax(1)
     return probabilities.amax(1) - probabilities.gather(1, labels[:, None]).squeeze(1)
+
+
+def remember(running: Tensor, seen: Tensor) -> Tensor:
+    """The running preference after another snapshot: it rises by half of the way and falls by a tenth of it; all float [N]."""
+    return torch.where(seen > running, running + RISE * (seen - running), running + FALL * (seen - running))
 
 
 def suspicion(losses: Tensor, preferences: Tensor) -> Tensor:
@@ -93,8 +98,7 @@ def train_pilot(
             measured.append((loss.detach(), (logits.argmax(1) == labels[chosen]).float().mean()))
             if step * settings.snapshots // steps > (step - 1) * settings.snapshots // steps:
                 seen = preference(_logits_by_batch_statistics(model, images, num_classes, generator=generator), labels)
-                keep = MEMORY if session.tables["snapshots"] else 0.0
-                session.tables["preference"] = keep * session.tables["preference"] + (1 - keep) * seen
+                session.tables["preference"] = remember(session.tables["preference"], seen)
                 session.tables["snapshots"] += 1
         session.finish_epoch(checkpoint, key=key, measures={"step": float(min(steps, first + steps_per_epoch)), **mean_measures(measured)})
         on_epoch(session.epoch, epochs, session.history[-1])

@@ -11,6 +11,7 @@ import click
 
 from cbd.errors import CbdError, ConfigError
 from cbd.files import disk_fault
+from pipelines.local import share_cores
 from pipelines.progress import printable
 
 WORKSPACE = Path("cbd-workspace")
@@ -291,6 +292,7 @@ def doctor(workspace: Path, as_json: bool) -> int:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits with its code; every mistake is told in one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    share_cores()
     try:
         code = cbd.main(list(arguments), prog_name="cbd", standalone_mode=False) or 0
     except click.UsageError as error:

@@ -27,13 +27,22 @@ PIPELINE = "pipelines.retrain:retrain"
 REWRITTEN = ("{{$", "/kfp-workspace", "\0")
 """Text that KFP's runner would replace inside a parameter."""
 CHILD_SETTINGS = {
-    "OMP_WAIT_POLICY": "passive",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "PYTHONIOENCODING": "utf-8:backslashreplace",
     "PYTHONUNBUFFERED": "1",
 }
+
+
+def share_cores() -> None:
+    """Sets how this process and its children use the cores, where the user has not.
+
+    Measured on 2 shared cores: training with 2 threads takes 3 to 10 times as long as with 1 when something else runs, and no less when
+    nothing does. The number also decides the order of sums: the same number is needed for the same bytes.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
 
 
 def run(arguments: dict[str, Any], run_dir: Path, *, pipeline: str = PIPELINE) -> bool:
@@ -49,6 +58,7 @@ def run(arguments: dict[str, Any], run_dir: Path, *, pipeline: str = PIPELINE) -
         EnvironmentFault: the run folder cannot be written.
     """
     _refuse_rewritten(arguments)
+    share_cores()
     write_json(run_dir / "arguments.json", arguments)
     command = [sys.executable, "-m", "pipelines.local", str(run_dir), pipeline]
     with _scratch(run_dir) as scratch, _told_to_end():

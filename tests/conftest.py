@@ -23,6 +23,21 @@ TRIGGERS = (
 )
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Names what was skipped, where nothing may be."""
+    if os.environ.get("CBD_TEST_NOTHING_SKIPPED"):
+        for report in terminalreporter.stats.get("skipped", []):
+            terminalreporter.write_line(f"skipped, but nothing may be: {report.nodeid}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails a session that skipped a test where nothing may be skipped."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CBD_TEST_NOTHING_SKIPPED") and reporter and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture
 def torch_one_thread() -> Iterator[None]:
     """One torch thread for the length of a test."""

@@ -1,6 +1,5 @@
 """Every image is decided by its content, and no supplier's file raises anything but `Refused`."""
 
-import pickle
 import struct
 
 import numpy as np
@@ -152,8 +151,3 @@ def test_an_image_of_the_right_size_is_not_resampled() -> None:
     assert resize(PHOTO[:20], 20) is not None and np.array_equal(resize(PHOTO[:20], 20), PHOTO[:20])
     assert resize(PHOTO, 8).shape == (8, 8, 3)
     assert (resize(np.full((5, 9, 3), 77, np.uint8), 32) == 77).all()
-
-
-def test_a_refusal_survives_a_process_boundary() -> None:
-    again = pickle.loads(pickle.dumps(Refused("corrupt", "why")))
-    assert (again.reason, again.detail) == ("corrupt", "why")

@@ -1,0 +1,259 @@
+"""Both trainings on a toy set: small images whose class is a bar, with and without poison."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cbd.attacks import make_attack
+from cbd.config import Confounder, Deconfounded, Gate, Model, Params
+from cbd.confounder import train_confounder
+from cbd.deconfounded import Evidence, learning_rate, train_deconfounded
+from cbd.evidence import detection, rank_samples, separate
+from cbd.models import make_model
+from cbd.pilot import preference, suspicion
+from cbd.training import augment, predict
+
+pytestmark = pytest.mark.usefixtures("torch_one_thread")
+
+
+def params(**deconfounded: object) -> Params:
+    return Params(
+        gate=Gate(min_clean_accuracy=0),
+        model=Model(image_size=16),
+        confounder=Confounder(steps=6, batch_size=32, snapshots=2),
+        deconfounded=Deconfounded(epochs=2, batch_size=32, **deconfounded),
+    )
+
+
+def bars(num: int, seed: int, *, side: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy images of four classes: a bright bar at the top, the left, the bottom or the right."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 4, num)
+    images = generator.integers(0, 120, (num, 3, side, side), np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        place = int(generator.integers(1, 4))
+        line = (
+            image[:, place]
+            if label == 0
+            else image[:, :, place]
+            if label == 1
+            else image[:, -1 - place]
+            if label == 2
+            else image[:, :, -1 - place]
+        )
+        line[...] = np.maximum(line, generator.integers(90, 200, line.shape, np.uint8))
+    return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def quiet(done: int, total: int, measures: dict[str, float]) -> None:
+    assert 1 <= done <= total
+    assert all(np.isfinite(value) for value in measures.values())
+
+
+def test_the_confounder_is_the_same_again_and_after_a_kill(tmp_path: Path) -> None:
+    images, labels = bars(96, 0)
+    common = {"num_classes": 4, "params": params(), "on_epoch": quiet}
+    one = train_confounder(images, labels, checkpoint=tmp_path / "one", **common)
+    again = train_confounder(images, labels, checkpoint=tmp_path / "again", **common)
+    assert one.steps == 6
+
+    class Killed(BaseException):
+        pass
+
+    def kill(done: int, total: int, measures: dict[str, float]) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        train_confounder(images, labels, checkpoint=tmp_path / "killed", **(common | {"on_epoch": kill}))
+    resumed = train_confounder(images, labels, checkpoint=tmp_path / "killed", **common)
+    for other in (again, resumed):
+        assert torch.equal(one.losses, other.losses)
+        assert all(torch.equal(a, b) for a, b in zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True))
+    other_seed = train_confounder(
+        images, labels, checkpoint=tmp_path / "x", **(common | {"params": params().model_copy(update={"seed": 1})})
+    )
+    assert not torch.equal(one.losses, other_seed.losses)
+
+
+def test_stage_two_resumes_with_critic_and_optimizers_to_the_same_weights(tmp_path: Path) -> None:
+    images, labels = bars(96, 0)
+    evidence = Evidence(
+        make_model("wrn-16-1", num_classes=4, image_size=16, generator=torch.Generator()).eval(), torch.ones(96), torch.ones(96)
+    )
+    common = {"num_classes": 4, "params": params(mi_weight=0.1, bottleneck_weight=1e-3, cutout=8, flip=True)}
+    whole = train_deconfounded(images, labels, evidence, checkpoint=tmp_path / "whole", on_epoch=quiet, **common)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(done: int, total: int, measures: dict[str, float]) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        train_deconfounded(images, labels, evidence, checkpoint=tmp_path / "part", on_epoch=kill, **common)
+    resumed = train_deconfounded(images, labels, evidence, checkpoint=tmp_path / "part", on_epoch=quiet, **common)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True))
+    assert len(resumed.history) == 2
+
+
+def test_a_checkpoint_of_other_parameters_is_not_taken(tmp_path: Path) -> None:
+    images, labels = bars(96, 0)
+    train_deconfounded(images, labels, None, num_classes=4, params=params(), checkpoint=tmp_path / "c", on_epoch=quiet)
+    epochs: list[int] = []
+    other = params(weight_decay=0.5)
+    train_deconfounded(
+        images, labels, None, num_classes=4, params=other, checkpoint=tmp_path / "c", on_epoch=lambda d, t, m: epochs.append(d)
+    )
+    assert epochs == [1, 2]
+
+
+@pytest.mark.parametrize("change", [{"mi_weight": 0.5}, {"bottleneck_weight": 0.01}, {"weight": "formula"}, {"weight": "none"}])
+def test_each_term_of_the_loss_changes_the_weights(tmp_path: Path, change: dict[str, object]) -> None:
+    images, labels = bars(64, 0)
+    network = make_model("wrn-16-1", num_classes=4, image_size=16, generator=torch.Generator()).eval()
+    evidence = Evidence(network, torch.linspace(0.1, 3, 64), torch.linspace(0, 1, 64))
+    plain = {"mi_weight": 0.0, "bottleneck_weight": 0.0, "weight": "isolation"}
+    heads = []
+    for name, settings in (("plain", plain), ("changed", plain | change)):
+        made = train_deconfounded(
+            images, labels, evidence, num_classes=4, params=params(**settings), checkpoint=tmp_path / name, on_epoch=quiet
+        )
+        heads.append(made.model.head.weight)
+    assert not torch.equal(*heads)
+
+
+def test_the_learning_rate_follows_both_schedules() -> None:
+    step = Deconfounded(learning_rate=0.1, schedule="step")
+    assert [learning_rate(step, done) for done in (0, 0.19, 0.2, 0.69, 0.7)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
+    cycle = Deconfounded(learning_rate=0.1, schedule="onecycle")
+    assert [learning_rate(cycle, done) for done in (0, 0.1, 0.2, 0.6)] == pytest.approx([0.01, 0.055, 0.1, 0.05])
+    assert learning_rate(cycle, 0.999) < 1e-5
+
+
+def test_augmentation_moves_mirrors_and_greys_and_leaves_the_stored_image_alone() -> None:
+    images = torch.arange(4 * 3 * 16 * 16).remainder(251).to(torch.uint8).reshape(4, 3, 16, 16)
+    before = images.clone()
+    same = augment(images, crop=0, flip=False, cutout=0, generator=torch.Generator())
+    assert torch.equal(same, images)
+    moved = augment(images, crop=2, flip=False, cutout=0, generator=torch.Generator().manual_seed(1))
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
+    for image, source in zip(moved, padded, strict=True):
+        assert any(torch.equal(image, source[:, y : y + 16, x : x + 16]) for y in range(5) for x in range(5))
+    flipped = augment(images, crop=0, flip=True, cutout=0, generator=torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) or torch.equal(a, b.flip(2)) for a, b in zip(flipped, images, strict=True))
+    cut = augment(images, crop=0, flip=False, cutout=6, generator=torch.Generator().manual_seed(3))
+    assert 0 < int((cut != images).any(1).sum()) <= 4 * 36
+    assert torch.equal(images, before)
+
+
+def test_preference_and_suspicion_are_worked_out_by_hand() -> None:
+    logits, labels = torch.log(torch.tensor([[0.7, 0.2, 0.1], [0.7, 0.2, 0.1]])), torch.tensor([0, 1])
+    assert preference(logits, labels).tolist() == pytest.approx([0.0, 0.5])
+    assert suspicion(torch.log(torch.tensor([2.0, 4.0])), torch.tensor([0.5, 0.8])).tolist() == pytest.approx([0.25, 0.2])
+
+
+def plane(poisoned: int) -> tuple[np.ndarray, np.ndarray]:
+    """900 clean samples from easy for both to hard for both, and `poisoned` that only the confounder finds easy."""
+    generator = np.random.default_rng(0)
+    hard = generator.beta(1, 4, 900)
+    losses = np.exp(
+        np.concatenate((-3 + 3 * hard + 0.3 * generator.standard_normal(900), -3.5 + 0.3 * generator.standard_normal(poisoned)))
+    )
+    preferences = np.concatenate((0.5 * hard * generator.random(900), generator.beta(8, 2, poisoned)))
+    return losses, preferences
+
+
+def test_a_poisoned_group_is_told_apart_without_its_rate() -> None:
+    for poisoned in (30, 100, 300):
+        losses, preferences = plane(poisoned)
+        found = separate(losses, preferences, seed=0)
+        truth = np.arange(900 + poisoned) >= 900
+        assert found.separated
+        assert ((found.posterior > 0.5) == truth).mean() > 0.98
+        scores = -rank_samples(found.posterior, losses, preferences).astype(float)
+        measured = detection(scores, truth)
+        assert measured is not None
+        assert measured["auroc"] > 0.99
+
+
+def test_nothing_separates_on_clean_samples_and_every_weight_stays_one() -> None:
+    losses, preferences = plane(0)
+    found = separate(losses, preferences, seed=0)
+    assert found.separated is False
+    assert not found.posterior.any()
+
+
+def test_mislabelled_samples_alone_do_not_separate() -> None:
+    losses, preferences = plane(100)
+    losses[900:] = np.exp(1 + 0.2 * np.random.default_rng(1).standard_normal(100))
+    assert separate(losses, preferences, seed=0).separated is False
+
+
+def test_too_few_or_constant_samples_do_not_separate() -> None:
+    assert separate(np.ones(20), np.zeros(20), seed=0).separated is False
+    assert separate(np.ones(200), np.linspace(0, 1, 200), seed=0).separated is False
+
+
+def test_detection_is_unknown_without_both_kinds() -> None:
+    assert detection(np.arange(4.0), np.zeros(4, bool)) is None
+
+
+@pytest.mark.slow
+def test_plain_training_keeps_the_backdoor_and_the_defence_does_not(tmp_path: Path) -> None:
+    from cbd.pilot import train_pilot
+
+    images, labels = bars(800, 0)
+    clean_images, clean_labels = bars(400, 1)
+    attack, generator = make_attack("badnets"), np.random.default_rng(0)
+    chosen = generator.choice(np.flatnonzero(labels.numpy() != 0), 80, replace=False)
+    images[chosen] = torch.from_numpy(attack.stamp(images[chosen].numpy()))
+    labels[chosen] = 0
+    settings = params().model_copy(
+        update={
+            "confounder": Confounder(steps=200, max_epochs=20, batch_size=64),
+            "deconfounded": Deconfounded(epochs=15, batch_size=64, crop=2),
+        }
+    )
+    common = {"num_classes": 4, "params": settings, "on_epoch": quiet}
+    caught = train_confounder(images, labels, checkpoint=tmp_path / "b", **common)
+    flown = train_pilot(images, labels, caught.losses, checkpoint=tmp_path / "p", **common)
+    found = separate(caught.losses.numpy().astype(float), flown.preferences.numpy().astype(float), seed=0)
+    assert found.separated
+    weights = torch.from_numpy(1 - found.posterior).float()
+    defended = train_deconfounded(images, labels, Evidence(caught.model, caught.losses, weights), checkpoint=tmp_path / "c", **common)
+    plain = train_deconfounded(images, labels, None, checkpoint=tmp_path / "u", **common)
+    others = clean_labels != 0
+    triggered = torch.from_numpy(attack.stamp(clean_images[others].numpy()))
+    success = {
+        name: float((predict(made.model, triggered).argmax(1) == 0).float().mean()) for name, made in (("plain", plain), ("cbd", defended))
+    }
+    accuracy = float((predict(defended.model, clean_images).argmax(1) == clean_labels).float().mean())
+    assert success["plain"] > 0.9
+    assert success["cbd"] < 0.05
+    assert accuracy > 0.9
+
+
+@pytest.mark.slow
+def test_resnet18_trains_and_comes_back_from_its_bundle(tmp_path: Path) -> None:
+    program = """
+import sys, torch
+from pathlib import Path
+from cbd.bundle import BundleCard
+from cbd.models import load_model, make_model, save_bundle
+torch.set_num_threads(1)
+model = make_model("resnet18", num_classes=3, image_size=32, generator=torch.Generator().manual_seed(0))
+card = BundleCard(kind="undefended", architecture="resnet18", class_names=("a", "b", "c"), image_size=32, data_digest="0" * 64,
+                  params={}, seed=0, trial=False, weights_sha256="")
+save_bundle(model, card, Path(sys.argv[1]))
+again, _ = load_model(Path(sys.argv[1]))
+images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+model.eval()
+with torch.no_grad():
+    assert torch.equal(model(images)[0], again(images)[0])
+    assert again(images)[1].shape == (4, 512)
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "bundle")], check=True)
