@@ -54,7 +54,7 @@ class Confounder(Section):
 
     steps: int = Field(default=400, gt=0)
     """Budget in optimizer steps (not epochs)."""
-    max_epochs: int = Field(default=20, gt=0)
+    max_epochs: int = Field(default=16, gt=0)
     """Small data sets stop here: beyond it the confounder knows every clean sample by heart as well."""
     batch_size: int = Field(default=128, gt=1)
     """Images per step."""
@@ -65,7 +65,7 @@ class Confounder(Section):
     weight_decay: float = Field(default=1e-4, ge=0)
     """L2 penalty."""
     augment: bool = False
-    """Crop and flip in stage 1; they cut small triggers away, so the default preset leaves them out."""
+    """Random crops in stage 1; they cut small triggers away, so the default preset leaves them out."""
     snapshots: int = Field(default=10, gt=0)
     """How many times, evenly over the budget, all losses are taken on un-augmented images."""
     pilot: bool = True

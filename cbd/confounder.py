@@ -69,7 +69,7 @@ def _step(
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step; the batch's loss and accuracy, both scalars."""
     if params.confounder.augment:
-        view = augment(view, crop=params.model.scaled(4), flip=params.deconfounded.flip, cutout=0, generator=generator)
+        view = augment(view, crop=params.model.scaled(4), flip=False, cutout=0, generator=generator)
     with autocast(view.device):
         logits = model(view)[0].float()
     loss = F.cross_entropy(logits, given)

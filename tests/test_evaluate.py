@@ -1,0 +1,171 @@
+"""Measures on the trusted set, worked out by hand, and the evaluation of a whole bundle."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from delivery_files import png
+
+from cbd.attacks.badnets import BadNets
+from cbd.bundle import BundleCard, bundle_digest
+from cbd.config import Gate, Poison
+from cbd.dataset import make_row, read_info, read_truth, to_batches, write_dataset
+from cbd.errors import DataError
+from cbd.evaluate import BATTERY, attack_success, clean_accuracy, compare, harmless, largest_rate, run_battery, turned, worst_target
+from cbd.measurements import read_evaluation
+from cbd.models import make_model, save_bundle
+from components.evaluate import Compared, evaluate
+from components.poison import poison
+
+pytestmark = pytest.mark.usefixtures("torch_one_thread")
+CLASSES = ("ant", "bee", "cow")
+
+
+class Corner(torch.nn.Module):
+    """Says class 0 where the bottom-right pixel is white, else the class that the top-left red value names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        named = images[:, 0, 0, 0].long() % 3
+        called = torch.where(images[:, 0, -1, -1] == 255, torch.zeros_like(named), named)
+        return torch.nn.functional.one_hot(called, 3).float(), torch.zeros(len(images), 1)
+
+
+def naming(labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    images = np.zeros((len(labels), 3, 16, 16), np.uint8)
+    images[:, 0, 0, 0] = labels
+    return images, np.array(labels, np.int64)
+
+
+def test_turned_counts_only_images_of_other_classes_that_were_not_called_so_before() -> None:
+    labels = np.array([0, 1, 1, 2, 2])
+    before = np.array([0, 1, 0, 2, 1])
+    after = np.array([1, 0, 0, 0, 1])
+    # target 0: eligible are 1, 3, 4 (image 0 is of class 0, image 2 was called 0 before); 1 and 3 turn
+    # target 1: eligible are 0, 3 (image 4 was called 1 before); 0 turns.  target 2: eligible are 0, 1, 2; none turns
+    assert turned(before, after, labels, num_classes=3) == [(2, 3), (1, 2), (0, 3)]
+
+
+def test_the_worst_target_has_the_highest_rate_not_the_highest_count() -> None:
+    assert worst_target([(3, 10), (2, 4), (0, 0)]) == 1
+
+
+def test_attack_success_leaves_out_images_of_the_target_class() -> None:
+    images, labels = naming([0, 0, 1, 2, 1])
+    found = attack_success(Corner(), images, labels, attack=BadNets("white"), target_label=0)
+    assert (found["k"], found["n"], found["rate"]) == (3, 3, 1.0)
+    elsewhere = attack_success(Corner(), images, labels, attack=BadNets("white", "centre"), target_label=0)
+    assert (elsewhere["k"], elsewhere["n"]) == (0, 3)
+    nobody = attack_success(Corner(), *naming([0, 0]), attack=BadNets(), target_label=0)
+    assert nobody["rate"] is None
+
+
+def test_clean_accuracy_is_k_of_n() -> None:
+    assert clean_accuracy(np.array([0, 1, 1]), np.array([0, 1, 2]))["rate"] == pytest.approx(2 / 3)
+
+
+def test_the_battery_finds_the_planted_trigger_and_compares_it_with_harmless_ones() -> None:
+    images, labels = naming([0, 1, 2] * 40)
+    found = {row["trigger"]: row for row in run_battery(Corner(), images, labels, num_classes=3, limit=0.05, null_members=5, seed=0)}
+    assert len(found) == len(BATTERY) == 8
+    planted = found["white-bottom-right"]
+    assert (planted["target"], planted["k"], planted["n"]) == (0, 80, 80)
+    assert planted["null"] is not None
+    assert planted["null"] < 0.5
+    assert found["white-centre"]["k"] == 0
+    assert [count["target"] for count in planted["targets"]] == [0, 1, 2]
+
+
+def test_harmless_members_are_the_same_again_and_differ_from_each_other() -> None:
+    images = np.zeros((1, 3, 16, 16), np.uint8)
+    for family in ("patch", "blend-0.2"):
+        stamped = [member.stamp(images).tobytes() for member in harmless(family, 4, seed=1)]
+        assert stamped == [member.stamp(images).tobytes() for member in harmless(family, 4, seed=1)]
+        assert len(set(stamped)) == 4
+
+
+def test_the_largest_rate_of_no_member_is_zero() -> None:
+    images, labels = naming([0, 1, 2])
+    assert largest_rate(Corner(), images, labels, [], num_classes=3) == 0.0  # type: ignore[arg-type]
+
+
+def test_candidate_and_champion_are_paired_on_the_same_images() -> None:
+    labels, candidate, champion = np.array([0, 0, 1, 1]), np.array([0, 0, 1, 0]), np.array([0, 1, 0, 1])
+    found = compare(candidate, champion, labels, ("a", "b"))
+    assert (found["k"], found["n"], found["wins"], found["losses"]) == (2, 4, 2, 1)
+    assert found["per_class"][1] == {"class_name": "b", "n": 2, "wins": 1, "losses": 1}
+
+
+def dataset(folder: Path, num: int) -> Path:
+    rows = (make_row(png(i), label=i % 3, original_path=f"{i:03}.png", source="acme") for i in range(num))
+    write_dataset(folder, to_batches(rows), class_names=CLASSES, supplier="acme")
+    return folder
+
+
+def bundle(folder: Path, *, classes: tuple[str, ...] = CLASSES) -> Path:
+    model = make_model("wrn-16-1", num_classes=len(classes), image_size=16, generator=torch.Generator().manual_seed(0))
+    values: dict[str, Any] = {"architecture": "wrn-16-1", "class_names": classes, "image_size": 16, "data_digest": "0" * 64}
+    save_bundle(model, BundleCard(kind="deconfounded", params={}, seed=0, trial=False, weights_sha256="", **values), folder)
+    return folder
+
+
+def test_an_evaluation_is_what_the_gate_reads_and_leaves_the_unmeasured_null(tmp_path: Path) -> None:
+    trusted, model = dataset(tmp_path / "trusted", 60), bundle(tmp_path / "model")
+    policy = Gate(min_clean_accuracy=0.5, null_members=2)
+    evaluate(model, trusted, tmp_path / "out", policy=policy, compared=Compared(), seed=0)
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    measured = read_evaluation(found)
+    assert measured.model_digest == bundle_digest(model)
+    assert measured.trusted_digest == read_info(trusted).digest
+    assert found["confounder"] == {"steps": 0, "separated": None, "gap": None, "asr": None}
+    assert (found["champion"], found["detection"], found["baseline"]) == (None, None, None)
+
+
+def test_the_truth_adds_its_attack_by_name_and_a_champion_is_paired(tmp_path: Path) -> None:
+    clean, model = dataset(tmp_path / "clean", 60), bundle(tmp_path / "model")
+    told = poison(clean, tmp_path / "poisoned", truth=tmp_path / "truth", params=Poison(attack="blend", target_label=2), seed=3)
+    assert told["poisoned"] == 6
+    truth = read_truth(tmp_path / "truth")
+    compared = Compared(undefended=model, champion=(model, "7"), truth=truth)
+    evaluate(model, clean, tmp_path / "out", policy=Gate(min_clean_accuracy=0.5, null_members=1), compared=compared, seed=0)
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["attack_success_rate"]["blend"]["n"] == 40
+    assert (found["champion"]["version"], found["champion"]["wins"], found["champion"]["losses"]) == ("7", 0, 0)
+    assert found["baseline"]["asr"] == found["attack_success_rate"]["blend"]
+    read_evaluation(found)
+
+
+def test_a_trusted_set_of_other_classes_is_refused(tmp_path: Path) -> None:
+    trusted, model = dataset(tmp_path / "trusted", 30), bundle(tmp_path / "model", classes=("ant", "cow", "bee"))
+    with pytest.raises(DataError, match=r"classes \['ant', 'bee', 'cow'\], expected the model's \['ant', 'cow', 'bee'\]"):
+        evaluate(model, trusted, tmp_path / "out", policy=Gate(min_clean_accuracy=0.5), compared=Compared(), seed=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_altered_weights_are_refused_by_name(tmp_path: Path) -> None:
+    trusted, model = dataset(tmp_path / "trusted", 30), bundle(tmp_path / "model")
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(DataError, match=r"model\.safetensors: altered"):
+        evaluate(model, trusted, tmp_path / "out", policy=Gate(min_clean_accuracy=0.5), compared=Compared(), seed=0)
+
+
+def test_a_poisoned_copy_is_a_trial_with_its_roles_apart(tmp_path: Path) -> None:
+    clean = dataset(tmp_path / "clean", 60)
+    for name in ("one", "two"):
+        poison(clean, tmp_path / name, truth=tmp_path / f"{name}-truth", params=Poison(attack="badnets", target_label=0), seed=5)
+    info, truth = read_info(tmp_path / "one"), read_truth(tmp_path / "one-truth")
+    assert info.trial
+    assert info.digest == read_info(tmp_path / "two").digest != read_info(clean).digest
+    assert (info.class_counts[0], sum(info.class_counts)) == (26, 60)
+    assert truth is not None
+    assert truth.roles.count("poison") == 6
+    assert all(label != 0 for label, role in zip(truth.true_labels, truth.roles, strict=True) if role == "poison")
+    assert "role" not in json.dumps(info.model_dump(mode="json"))
