@@ -1,7 +1,6 @@
 """What both trainings share: one session that can be saved and resumed to the same bytes, augmentation, prediction."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,15 +22,6 @@ OnEpoch = Callable[[int, int, dict[str, float]], None]
 def best_device() -> torch.device:
     """The first GPU, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def spare_threads() -> None:
-    """Half of the cores for torch, unless OMP_NUM_THREADS says otherwise.
-
-    On shared cores one thread waits for another that is not running: with 2 threads on 2 busy cores a bf16 step took 10 times as long.
-    """
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
 
 
 def autocast(device: torch.device) -> torch.autocast:

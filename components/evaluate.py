@@ -47,9 +47,8 @@ def evaluate(model: Path, trusted_set: Path, out: Path, *, policy: Gate, compare
     """
     from cbd import evaluate as measure
     from cbd.models import load_model
-    from cbd.training import best_device, spare_threads
+    from cbd.training import best_device
 
-    spare_threads()
     network, card = load_model(model)
     network.to(best_device())
     info = read_info(trusted_set)

@@ -34,9 +34,8 @@ def load(dataset: Path, params: Params) -> Loaded:
     """The verified data set, resident on the best device; raises DataError if it is missing or altered."""
     import torch
 
-    from cbd.training import best_device, spare_threads
+    from cbd.training import best_device
 
-    spare_threads()
     samples, device = load_samples(dataset, image_size=params.model.image_size), best_device()
     return Loaded(
         torch.from_numpy(samples.images).to(device), torch.from_numpy(samples.labels).to(device), samples.sample_ids, read_info(dataset)
