@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from cbd.config import Deconfounded, Params
 from cbd.losses import Critic, derangement, sample_weight, wasserstein_dependence
 from cbd.models import Network, make_model
-from cbd.training import OnEpoch, Session, augment, autocast, batches, make_sgd, mean_measures, sample_losses, set_learning_rate
+from cbd.training import OnEpoch, Session, augment, autocast, batches, make_sgd, mean_measures, predict, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,6 @@ def _judge_samples(
     model: Network, images: Tensor, labels: Tensor, evidence: Evidence | None, settings: Deconfounded, history: list[dict[str, float]]
 ) -> Trained:
     """Where training left every sample, on its stored view."""
-    from cbd.training import predict
-
     logits = predict(model, images)
     final = F.cross_entropy(logits, labels, reduction="none")
     weights = torch.ones_like(final)
@@ -172,6 +170,3 @@ def _judge_samples(
     elif evidence is not None and settings.weight == "formula":
         weights = sample_weight(evidence.losses, final)
     return Trained(model, final.cpu(), logits.argmax(1).cpu(), weights.cpu(), history)
-
-
-__all__ = ["Evidence", "Trained", "learning_rate", "sample_losses", "train_deconfounded"]

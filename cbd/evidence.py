@@ -99,6 +99,3 @@ def detection(scores: Floats, poisoned: NDArray[np.bool_]) -> dict[str, float] |
         "average_precision": float(average_precision_score(poisoned, scores)),
         "tpr_at_1_percent_fpr": float((scores[poisoned] > limit).mean()),
     }
-
-
-__all__ = ["Separation", "detection", "histogram", "rank_samples", "separate"]

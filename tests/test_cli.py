@@ -1,5 +1,6 @@
 """The command line: exit codes, one-line errors, and nothing done before the door was passed."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines import cli
@@ -182,3 +184,77 @@ def test_a_delivery_is_taken_in_by_hand(folder: Path, capsys: pytest.CaptureFixt
     told = json.loads(out.splitlines()[-1])
     assert code == 0 and (told["delivered"], told["accepted"], told["quarantined"]) == (7, 6, 1)
     assert {path.name for path in (folder / "taken-in").iterdir()} == {"dataset", "trusted_set", "quarantine", "truth"}
+
+
+def write_bundle(folder: Path, kind: str = "deconfounded") -> None:
+    """An untrained model of the classes a and b."""
+    import torch
+
+    from cbd.bundle import BundleCard
+    from cbd.models import make_model, save_bundle
+
+    network = make_model("wrn-16-1", num_classes=2, image_size=16, generator=torch.Generator().manual_seed(0))
+    about = {"architecture": "wrn-16-1", "class_names": ("a", "b"), "image_size": 16, "data_digest": "0" * 64, "params": {}, "seed": 0}
+    save_bundle(network, BundleCard(kind=kind, trial=False, weights_sha256="", **about), folder)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("torch_one_thread")
+def test_every_image_is_predicted_duplicates_and_unknown_classes_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_bundle(folder / "model")
+    write_images(folder / "delivery", {"a": 2, "b": 2, "c": 1})
+    (folder / "delivery" / "a" / "again.png").write_bytes((folder / "delivery" / "a" / "0.png").read_bytes())
+    (folder / "delivery" / "a" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    code, out, err = cbd(capsys, "predict", "model", "--data", "delivery", "--out", "p.parquet", "--json")
+    assert code == 0 and json.loads(out.splitlines()[-1])["predicted"] == 6 and "refused: 1 truncated" in err
+    rows = pq.read_table(folder / "p.parquet").to_pylist()
+    told = {row["original_path"]: (row["label"], row["label_name"]) for row in rows}
+    assert told["a/again.png"] == told["a/0.png"] == (0, "a") and told["b/1.png"] == (1, "b") and told["c/0.png"] == (None, "c")
+    first = (folder / "delivery" / "a" / "0.png").read_bytes()
+    assert [row["original_path"] for row in rows if row["sample_id"] == hashlib.sha256(first).hexdigest()] == ["a/0.png", "a/again.png"]
+    for row in rows:
+        assert sum(row["probabilities"]) == pytest.approx(1, abs=1e-5)
+        assert row["prediction"] == int(np.argmax(row["probabilities"])) and row["prediction_name"] == "ab"[row["prediction"]]
+
+
+@pytest.mark.usefixtures("torch_one_thread")
+def test_a_flat_folder_of_images_is_predicted_but_no_link_is_followed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_bundle(folder / "model")
+    write_images(folder / "flat", {".": 3})
+    (folder / "flat" / "link.png").symlink_to(folder / "params.yaml")
+    code, _, err = cbd(capsys, "predict", "model", "--data", "flat", "--out", "p.parquet")
+    assert code == 0 and "refused: 1 link" in err
+    rows = pq.read_table(folder / "p.parquet").to_pylist()
+    assert [(row["original_path"], row["label"], row["label_name"]) for row in rows] == [(f"{index}.png", None, None) for index in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        ("confounder", "delivery", "a confounder holds the backdoor"),
+        ("nowhere", "delivery", "no model bundle"),
+        ("models:/none@champion", "delivery", "holds no model yet"),
+        ("model", "nowhere", "no such file or folder"),
+        ("model", "empty", "no usable image among 0 files"),
+    ],
+)
+def test_what_cannot_be_predicted_is_told_and_leaves_no_table(
+    folder: Path, capsys: pytest.CaptureFixture[str], model: str, data: str, message: str
+) -> None:
+    write_bundle(folder / "model")
+    write_bundle(folder / "confounder", "confounder")
+    write_images(folder / "delivery", {"a": 1})
+    (folder / "empty").mkdir()
+    code, _, err = cbd(capsys, "predict", model, "--data", data, "--out", "p.parquet")
+    assert code == 2 and message in err and err.splitlines()[-1].startswith("error: ")
+    assert not (folder / "p.parquet").exists()
+
+
+@pytest.mark.usefixtures("torch_one_thread")
+def test_an_altered_model_is_not_used(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_bundle(folder / "model")
+    write_images(folder / "delivery", {"a": 1})
+    weights = bytearray((folder / "model" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model" / "model.safetensors").write_bytes(weights)
+    code, _, err = cbd(capsys, "predict", "model", "--data", "delivery", "--out", "p.parquet")
+    assert code == 2 and "altered" in err

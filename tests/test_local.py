@@ -41,10 +41,9 @@ def gone(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stub")
-@pytest.mark.parametrize(
-    ("verdict", "branch"), [("PASS", "promote"), pytest.param("REVIEW", "hold", marks=SLOW), pytest.param("BLOCK", "record", marks=SLOW)]
-)
+@pytest.mark.parametrize(("verdict", "branch"), [("PASS", "promote"), ("REVIEW", "hold"), ("BLOCK", "record")])
 def test_the_branch_of_the_verdict_runs(tmp_path: Path, verdict: str, branch: str) -> None:
     succeeded, records = run(tmp_path, "work", verdict)
     assert succeeded
