@@ -23,7 +23,7 @@ run: setup  ## the demo: from a poisoned delivery to a verdict, a model and evid
 	@$(BIN)/cbd demo
 
 test: setup  ## all tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 test-fast: setup  ## under a minute
 	$(BIN)/pytest -m "not slow" -n 2
