@@ -95,6 +95,8 @@ class Deconfounded(Section):
     """Random mirror; only for classes that are mirror-symmetric (not digits, not traffic signs)."""
     cutout: int = Field(default=0, ge=0)
     """Side of one random square set to grey, in pixels at 32 pixels image side."""
+    noise: float = Field(default=0.3, ge=0, le=1)
+    """Each image is mixed with uniform noise by a share of up to this, so that harmless damage turns fewer predictions."""
     weight: Literal["none", "formula", "isolation"] = "isolation"
     """`none`: plain training. `formula`: w = l_b / (l_b + l_c) per batch. `isolation`: 1 - the probability of being a suspect."""
     confounder_view: Literal["augmented", "stored"] = "stored"

@@ -71,7 +71,7 @@ def train_deconfounded(
         for step, chosen in enumerate(batches(num, settings.batch_size, generator=generator)):
             set_learning_rate(optimizers["sgd"], learning_rate(settings, (session.epoch + step / steps) / settings.epochs))
             crop, cutout = params.model.scaled(settings.crop), params.model.scaled(settings.cutout)
-            view = augment(images[chosen], crop=crop, flip=settings.flip, cutout=cutout, generator=generator)
+            view = augment(images[chosen], crop=crop, flip=settings.flip, cutout=cutout, noise=settings.noise, generator=generator)
             with autocast(images.device):
                 logits, embedding = (output.float() for output in model(view))
             loss = objective(

@@ -89,8 +89,8 @@ def batches(num_samples: int, batch_size: int, *, generator: torch.Generator) ->
     yield from torch.split(order[: num_samples - num_samples % size], size)
 
 
-def augment(images: Tensor, *, crop: int, flip: bool, cutout: int, generator: torch.Generator) -> Tensor:
-    """Randomly shifted, mirrored and partly greyed copies of `images` (uint8 [N, 3, S, S], any device).
+def augment(images: Tensor, *, crop: int, flip: bool, cutout: int, generator: torch.Generator, noise: float = 0.0) -> Tensor:
+    """Randomly shifted, mirrored, partly greyed and noisy copies of `images` (uint8 [N, 3, S, S], any device).
 
     Args:
         images: left unchanged.
@@ -98,6 +98,7 @@ def augment(images: Tensor, *, crop: int, flip: bool, cutout: int, generator: to
         flip: mirror each image with probability 1/2.
         cutout: side in pixels of one grey square per image; 0 is none.
         generator: a CPU generator, so that every device draws the same numbers.
+        noise: each image is mixed with uniform noise by a share drawn from [0, noise].
     """
     num, _, side, _ = images.shape
     device = images.device
@@ -115,6 +116,10 @@ def augment(images: Tensor, *, crop: int, flip: bool, cutout: int, generator: to
         near = torch.arange(side, device=device)
         rows, columns = ((near >= corners) & (near < corners + cutout)).unbind()
         images = images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 127)
+    if noise:
+        share = noise * torch.rand(num, 1, 1, 1, generator=generator).to(device)
+        pattern = torch.randint(256, images.shape, generator=generator, dtype=torch.uint8).to(device)
+        images = torch.lerp(images.float(), pattern.float(), share).round_().to(torch.uint8)
     return images
 
 

@@ -88,6 +88,8 @@ def check_order(order: Order) -> None:
             raise ConfigError(f"{option} {value!r}: expected up to 64 letters, digits, '.', '_' or '-', starting with a letter or digit")
     for option, uri in (("--data", order.data), ("--trusted", order.trusted)):
         check_uri(option, uri)
+    if order.truth and not (Path(order.truth) / "truth.json").is_file():
+        raise DataError(f"--truth {order.truth}: no truth.json there; give a folder that `cbd poison` wrote")
 
 
 def check_uri(option: str, uri: str) -> None:

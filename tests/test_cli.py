@@ -60,6 +60,7 @@ def test_heavy_packages_are_not_imported_for_help() -> None:
         (["run", "--data", "delivery", "--trusted", "nowhere"], 2, "--trusted nowhere: no such file or folder"),
         (["run", "--data", "delivery", "--trusted", "trusted", "--name", "a b"], 2, "--name 'a b'"),
         (["run", "--data", "delivery", "--trusted", "trusted", "--supplier", "../x"], 2, "--supplier '../x'"),
+        (["run", "--data", "delivery", "--trusted", "trusted", "--truth", "nowhere"], 2, "--truth nowhere: no truth.json"),
         (["run", "--data", "delivery", "--trusted", "trusted", "--preset", "papre"], 2, "preset 'papre'"),
         (["run", "--data", "delivery", "--trusted", "trusted", "--params", "none.yaml"], 2, "none.yaml: no such parameter file"),
         (

@@ -132,6 +132,9 @@ def test_a_run_leaves_every_tasks_output_a_decision_a_model_and_a_report(place: 
     git = ["git", "-C", str(place.workspace / "registry"), "rev-parse", "HEAD"]
     assert subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip() == told["data"]["revision"]
     assert "error" not in err
+    code, listed, _ = cbd(capsys, ["suspects", run_dir.name, "--workspace", str(place.workspace), "--top", "5", "--json"])
+    assert code == 0 and [row["rank"] for row in listed["suspects"]] == [0, 1, 2, 3, 4]
+    assert {row["given"] for row in listed["suspects"]} <= {"0", "1", "2"}
 
 
 def test_the_same_delivery_and_seed_give_the_same_model_and_a_second_version_of_nothing(
