@@ -3,7 +3,7 @@
 import errno
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,54 +11,12 @@ import click
 
 from cbd.errors import CbdError, ConfigError
 from cbd.files import disk_fault
+from pipelines import by_hand
 from pipelines.local import share_cores
+from pipelines.options import as_json, load, params_options, poison_options, tell, workspace_option
 from pipelines.progress import printable
 
-WORKSPACE = Path("cbd-workspace")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-F = Callable[..., Any]
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
-workspace_option = click.option(
-    "--workspace", type=click.Path(path_type=Path), default=WORKSPACE, show_default=True, help="Where all state lives."
-)
-out_option = click.option("--out", type=click.Path(path_type=Path), required=True, help="Where to write the result.")
-
-
-def params_options(command: F) -> F:
-    """Adds the options that choose and override `params.yaml`."""
-    options = (
-        click.option(
-            "--params", "params_path", type=click.Path(path_type=Path), help="Parameter file  [default: ./params.yaml, else the project's]"
-        ),
-        click.option("--preset", help="Preset of the parameter file: cbd, paper, official or none."),
-        click.option("--seed", type=click.IntRange(0), help="Seed of every generator."),
-        click.option("--epochs", "deconfounded__epochs", type=click.IntRange(1), help="Passes of the deconfounded model over the data."),
-        click.option(
-            "--confounder-steps", "confounder__steps", type=click.IntRange(1), help="Budget of the confounder in optimizer steps."
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def poison_options(command: F) -> F:
-    """Adds the options of an attack."""
-    options = (
-        click.option(
-            "--poison-rate",
-            "poison__poison_rate",
-            type=click.FloatRange(0, 1, min_open=True, max_open=True),
-            help="Share that is poisoned.",
-        ),
-        click.option(
-            "--target-label", "poison__target_label", type=click.IntRange(0), help="Index of the class that triggered images are sent to."
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -87,7 +45,7 @@ def demo(out: Path, baseline: bool, data_only: bool, clean: bool, as_json: bool,
         data = demo.write_demo_data(out, poisoned=not clean)
         print(f"next: cbd run --data {data.delivery} --trusted {data.trusted}")
         return 0
-    result = demo.run_demo(out, _params(**overrides), baseline=baseline)
+    result = demo.run_demo(out, load(**overrides), baseline=baseline)
     return console.tell_result(result, as_json, following="cbd run --data YOUR_CLASS_FOLDERS --trusted YOUR_TRUSTED_CLASS_FOLDERS")
 
 
@@ -119,121 +77,7 @@ def run(data: str | None, trusted: str | None, workspace: Path, as_json: bool, *
         )
     ordered = {key: options.pop(key) for key in ("name", "supplier", "limit", "truth", "baseline")}
     order = Order(data, trusted, workspace, **ordered)
-    return console.tell_result(launch(order, _params(**options)), as_json)
-
-
-@cbd.command()
-@click.option("--data", required=True, help="Delivery: class folders, Parquet (Hugging Face images), local or s3://.")
-@click.option("--trusted", required=True, help="Trusted set that does not come from the supplier.")
-@out_option
-@click.option("--supplier", default="unnamed", show_default=True, help="Who delivered the data.")
-@click.option("--limit", type=click.IntRange(0), default=0, help="Take in at most so many images; 0: all.")
-@click.option("--truth", type=click.Path(), default="", help="Ground truth of a delivery poisoned on purpose.")
-@params_options
-@as_json
-def ingest(data: str, trusted: str, out: Path, as_json: bool, **options: Any) -> int:
-    """Take a delivery in: data set, trusted set and quarantine in OUT."""
-    from pipelines import steps
-
-    taken = {key: options.pop(key) for key in ("supplier", "limit", "truth")}
-    outputs = steps.ingest(data, trusted, out=out, params=_params(**options), **taken)
-    return _tell(outputs, as_json, f"cbd train --data {out / 'dataset'} --out MODELS")
-
-
-@cbd.command()
-@click.argument("dataset", type=click.Path(path_type=Path))
-@click.option("--attack", "poison__attack", type=click.Choice(["badnets", "blend"]), required=True, help="Trigger family.")
-@out_option
-@poison_options
-@params_options
-@as_json
-def poison(dataset: Path, out: Path, as_json: bool, **overrides: Any) -> int:
-    """A poisoned copy of a data set in OUT, its ground truth kept apart in OUT/truth."""
-    from pipelines import steps
-
-    outputs = steps.poison(dataset, out, params=_params(**overrides))
-    return _tell(outputs, as_json, f"cbd train --data {out / 'dataset'} --out MODELS")
-
-
-@cbd.command()
-@click.argument("dataset", type=click.Path(path_type=Path))
-@click.option("--trusted", type=click.Path(path_type=Path), required=True, help="Trusted set that `cbd ingest` wrote.")
-@out_option
-@as_json
-def validate(dataset: Path, trusted: Path, out: Path, as_json: bool) -> int:
-    """Whether a data set is fit to be trained on; exit code 11 if not."""
-    from pipelines import steps
-
-    outputs = steps.validate(dataset, trusted, out)
-    _tell(outputs, as_json, f"cbd train --data {dataset} --out MODELS")
-    return 0 if outputs["passed"] else 11
-
-
-@cbd.command()
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="Data set folder that `cbd ingest` wrote.")
-@out_option
-@click.option(
-    "--checkpoints", type=click.Path(path_type=Path), help="Where to keep checkpoints, to resume from.  [default: OUT/checkpoints]"
-)
-@params_options
-@as_json
-def train(data: Path, out: Path, checkpoints: Path | None, as_json: bool, **overrides: Any) -> int:
-    """Train a confounder and the deconfounded model on a data set."""
-    from pipelines import steps
-
-    outputs = steps.train(data, out, params=_params(**overrides), checkpoints=checkpoints or out / "checkpoints")
-    return _tell(outputs, as_json, f"cbd evaluate {out / 'model'} --trusted TRUSTED")
-
-
-@cbd.command()
-@click.argument("model")
-@click.option("--trusted", required=True, help="Data set folder, or a delivery in any format.")
-@click.option("--truth", type=click.Path(path_type=Path), help="Ground truth of a data set poisoned on purpose.")
-@click.option("--out", type=click.Path(path_type=Path), help="Where to write evaluation.json.")
-@workspace_option
-@params_options
-@as_json
-def evaluate(model: str, trusted: str, truth: Path | None, out: Path | None, workspace: Path, as_json: bool, **overrides: Any) -> int:
-    """Measure MODEL, a bundle folder or models:/NAME@champion, on trusted images."""
-    from pipelines import steps
-
-    outputs = steps.evaluate(model, trusted, params=_params(**overrides), truth=truth, out=out, workspace=workspace)
-    return _tell(outputs, as_json, f"cbd predict {model} --data IMAGES --out predictions.parquet")
-
-
-@cbd.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="Data set that the model was trained on.")
-@click.option("--trusted", type=click.Path(path_type=Path), required=True, help="Trusted set that it was measured on.")
-@click.option("--validation", type=click.Path(path_type=Path), required=True, help="What `cbd validate` wrote.")
-@click.option("--evaluation", type=click.Path(path_type=Path), required=True, help="What `cbd evaluate` wrote.")
-@out_option
-@workspace_option
-@params_options
-@as_json
-def gate(as_json: bool, **options: Any) -> int:
-    """The signed decision on MODEL; the exit code is its verdict's."""
-    from pipelines import steps
-    from pipelines.outcome import EXIT_CODES
-
-    places = {key: options.pop(key) for key in ("model", "data", "trusted", "validation", "evaluation", "out", "workspace")}
-    outputs = steps.gate(places, _params(**options))
-    _tell(outputs, as_json, f"cbd predict {places['model']} --data IMAGES --out predictions.parquet")
-    return EXIT_CODES[outputs["verdict"]]
-
-
-@cbd.command()
-@click.argument("model")
-@click.option("--data", required=True, help="Any delivery, or a flat folder of images.")
-@out_option
-@workspace_option
-@as_json
-def predict(model: str, data: str, out: Path, workspace: Path, as_json: bool) -> int:
-    """Predictions of MODEL, a bundle folder or models:/NAME@champion, as a Parquet table."""
-    from pipelines.predict import predict
-
-    outputs = predict(model, data, out, workspace=workspace)
-    return _tell(outputs, as_json, f"""python -c "import pandas; print(pandas.read_parquet('{out}'))\"""")
+    return console.tell_result(launch(order, load(**options)), as_json)
 
 
 @cbd.command("compile")
@@ -261,7 +105,7 @@ def suspects(run: str, top: int, workspace: Path, as_json: bool) -> int:
     """The most suspicious training images of RUN, a run id or its folder."""
     from pipelines import steps
 
-    return _tell(steps.suspects(run, workspace, top=top), as_json, f"cbd report {run}", table="suspects")
+    return tell(steps.suspects(run, workspace, top=top), as_json, f"cbd report {run}", table="suspects")
 
 
 @cbd.command()
@@ -285,8 +129,12 @@ def doctor(workspace: Path, as_json: bool) -> int:
     from pipelines.doctor import examine
 
     findings = examine(workspace)
-    _tell(findings, as_json, "cbd demo")
+    tell(findings, as_json, "cbd demo")
     return 0 if findings["healthy"] else 1
+
+
+for command in by_hand.COMMANDS:
+    cbd.add_command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -317,24 +165,6 @@ def _fail(message: str, code: int, arguments: Sequence[str], *, run_dir: Path | 
         where = str(run_dir) if run_dir else None
         print(json.dumps({"verdict": None, "error": message, "exit_code": code, "run_dir": where}))
     return code
-
-
-def _params(*, params_path: Path | None, preset: str | None, **overrides: Any) -> Any:
-    from cbd.config import load_params
-
-    own = Path(__file__).resolve().parent.parent / "params.yaml"
-    default = Path("params.yaml") if Path("params.yaml").is_file() else own
-    if overrides.get("poison__attack") is None and any(
-        overrides.get(f"poison__{key}") is not None for key in ("poison_rate", "target_label")
-    ):
-        raise ConfigError("--poison-rate and --target-label go with --poison; add --poison badnets or leave them out")
-    return load_params(params_path or default, preset=preset, **overrides)
-
-
-def _tell(outputs: dict[str, Any], as_json: bool, following: str, *, table: str | None = None) -> int:
-    from pipelines import console
-
-    return console.tell_outputs(outputs, as_json, following, table=table)
 
 
 if __name__ == "__main__":

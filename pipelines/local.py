@@ -123,7 +123,7 @@ def _told_to_end() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    endings = (signal.SIGTERM, signal.SIGHUP)
+    endings = [ending for ending in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(ending) != signal.SIG_IGN]  # nohup ignores one
     try:
         before = [signal.signal(ending, interrupt) for ending in endings]
     except ValueError:  # not the main thread: whoever runs us there handles signals

@@ -1,0 +1,126 @@
+"""The commands that run one step by hand. Only declarations: what a command does is imported when it is called."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipelines.options import as_json, load, out_option, params_options, poison_options, tell, workspace_option
+
+
+@click.command()
+@click.option("--data", required=True, help="Delivery: class folders, Parquet (Hugging Face images), local or s3://.")
+@click.option("--trusted", required=True, help="Trusted set that does not come from the supplier.")
+@out_option
+@click.option("--supplier", default="unnamed", show_default=True, help="Who delivered the data.")
+@click.option("--limit", type=click.IntRange(0), default=0, help="Take in at most so many images; 0: all.")
+@click.option("--truth", type=click.Path(), default="", help="Ground truth of a delivery poisoned on purpose.")
+@params_options
+@as_json
+def ingest(data: str, trusted: str, out: Path, as_json: bool, **options: Any) -> int:
+    """Take a delivery in: data set, trusted set and quarantine in OUT."""
+    from pipelines import steps
+
+    taken = {key: options.pop(key) for key in ("supplier", "limit", "truth")}
+    outputs = steps.ingest(data, trusted, out=out, params=load(**options), **taken)
+    return tell(outputs, as_json, f"cbd train --data {out / 'dataset'} --out MODELS")
+
+
+@click.command()
+@click.argument("dataset", type=click.Path(path_type=Path))
+@click.option("--attack", "poison__attack", type=click.Choice(["badnets", "blend"]), required=True, help="Trigger family.")
+@out_option
+@poison_options
+@params_options
+@as_json
+def poison(dataset: Path, out: Path, as_json: bool, **overrides: Any) -> int:
+    """A poisoned copy of a data set in OUT, its ground truth kept apart in OUT/truth."""
+    from pipelines import steps
+
+    outputs = steps.poison(dataset, out, params=load(**overrides))
+    return tell(outputs, as_json, f"cbd train --data {out / 'dataset'} --out MODELS")
+
+
+@click.command()
+@click.argument("dataset", type=click.Path(path_type=Path))
+@click.option("--trusted", type=click.Path(path_type=Path), required=True, help="Trusted set that `cbd ingest` wrote.")
+@out_option
+@as_json
+def validate(dataset: Path, trusted: Path, out: Path, as_json: bool) -> int:
+    """Whether a data set is fit to be trained on; exit code 11 if not."""
+    from pipelines import steps
+
+    outputs = steps.validate(dataset, trusted, out)
+    tell(outputs, as_json, f"cbd train --data {dataset} --out MODELS")
+    return 0 if outputs["passed"] else 11
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Data set folder that `cbd ingest` wrote.")
+@out_option
+@click.option(
+    "--checkpoints", type=click.Path(path_type=Path), help="Where to keep checkpoints, to resume from.  [default: OUT/checkpoints]"
+)
+@params_options
+@as_json
+def train(data: Path, out: Path, checkpoints: Path | None, as_json: bool, **overrides: Any) -> int:
+    """Train a confounder and the deconfounded model on a data set."""
+    from pipelines import steps
+
+    outputs = steps.train(data, out, params=load(**overrides), checkpoints=checkpoints or out / "checkpoints")
+    return tell(outputs, as_json, f"cbd evaluate {out / 'model'} --trusted TRUSTED")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--trusted", required=True, help="Data set folder, or a delivery in any format.")
+@click.option("--truth", type=click.Path(path_type=Path), help="Ground truth of a data set poisoned on purpose.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write evaluation.json.")
+@workspace_option
+@params_options
+@as_json
+def evaluate(model: str, trusted: str, truth: Path | None, out: Path | None, workspace: Path, as_json: bool, **overrides: Any) -> int:
+    """Measure MODEL, a bundle folder or models:/NAME@champion, on trusted images."""
+    from pipelines import steps
+
+    outputs = steps.evaluate(model, trusted, params=load(**overrides), truth=truth, out=out, workspace=workspace)
+    return tell(outputs, as_json, f"cbd predict {model} --data IMAGES --out predictions.parquet")
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Data set that the model was trained on.")
+@click.option("--trusted", type=click.Path(path_type=Path), required=True, help="Trusted set that it was measured on.")
+@click.option("--validation", type=click.Path(path_type=Path), required=True, help="What `cbd validate` wrote.")
+@click.option("--evaluation", type=click.Path(path_type=Path), required=True, help="What `cbd evaluate` wrote.")
+@out_option
+@workspace_option
+@params_options
+@as_json
+def gate(as_json: bool, **options: Any) -> int:
+    """The signed decision on MODEL; the exit code is its verdict's."""
+    from pipelines import steps
+    from pipelines.outcome import EXIT_CODES
+
+    places = {key: options.pop(key) for key in ("model", "data", "trusted", "validation", "evaluation", "out", "workspace")}
+    outputs = steps.gate(places, load(**options))
+    tell(outputs, as_json, f"cbd predict {places['model']} --data IMAGES --out predictions.parquet")
+    return EXIT_CODES[outputs["verdict"]]
+
+
+@click.command()
+@click.argument("model")
+@click.option("--data", required=True, help="Any delivery, or a flat folder of images.")
+@out_option
+@workspace_option
+@as_json
+def predict(model: str, data: str, out: Path, workspace: Path, as_json: bool) -> int:
+    """Predictions of MODEL, a bundle folder or models:/NAME@champion, as a Parquet table."""
+    from pipelines.predict import predict
+
+    outputs = predict(model, data, out, workspace=workspace)
+    return tell(outputs, as_json, f"""python -c "import pandas; print(pandas.read_parquet('{out}'))\"""")
+
+
+COMMANDS = (ingest, poison, validate, train, evaluate, gate, predict)
+"""In the order of the pipeline's steps."""

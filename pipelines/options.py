@@ -1,0 +1,77 @@
+"""Options that several commands share, and what becomes of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cbd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cbd.config import Params
+
+WORKSPACE = Path("cbd-workspace")
+F = Callable[..., Any]
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
+workspace_option = click.option(
+    "--workspace", type=click.Path(path_type=Path), default=WORKSPACE, show_default=True, help="Where all state lives."
+)
+out_option = click.option("--out", type=click.Path(path_type=Path), required=True, help="Where to write the result.")
+
+
+def params_options(command: F) -> F:
+    """Adds the options that choose and override `params.yaml`."""
+    options = (
+        click.option(
+            "--params", "params_path", type=click.Path(path_type=Path), help="Parameter file  [default: ./params.yaml, else the project's]"
+        ),
+        click.option("--preset", help="Preset of the parameter file: cbd, paper, official or none."),
+        click.option("--seed", type=click.IntRange(0), help="Seed of every generator."),
+        click.option("--epochs", "deconfounded__epochs", type=click.IntRange(1), help="Passes of the deconfounded model over the data."),
+        click.option(
+            "--confounder-steps", "confounder__steps", type=click.IntRange(1), help="Budget of the confounder in optimizer steps."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def poison_options(command: F) -> F:
+    """Adds the options of an attack."""
+    options = (
+        click.option(
+            "--poison-rate",
+            "poison__poison_rate",
+            type=click.FloatRange(0, 1, min_open=True, max_open=True),
+            help="Share that is poisoned.",
+        ),
+        click.option(
+            "--target-label", "poison__target_label", type=click.IntRange(0), help="Index of the class that triggered images are sent to."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def load(*, params_path: Path | None, preset: str | None, **overrides: Any) -> "Params":
+    """The parameters that the options of `params_options` and `poison_options` stand for; raises ConfigError."""
+    from cbd.config import load_params
+
+    own = Path(__file__).resolve().parent.parent / "params.yaml"
+    default = Path("params.yaml") if Path("params.yaml").is_file() else own
+    if overrides.get("poison__attack") is None and any(
+        overrides.get(f"poison__{key}") is not None for key in ("poison_rate", "target_label")
+    ):
+        raise ConfigError("--poison-rate and --target-label go with --poison; add --poison badnets or leave them out")
+    return load_params(params_path or default, preset=preset, **overrides)
+
+
+def tell(outputs: dict[str, Any], as_json: bool, following: str, *, table: str | None = None) -> int:
+    """Prints what a single step came to; returns 0."""
+    from pipelines import console
+
+    return console.tell_outputs(outputs, as_json, following, table=table)
