@@ -54,7 +54,7 @@ class Confounder(Section):
 
     steps: int = Field(default=400, gt=0)
     """Budget in optimizer steps (not epochs)."""
-    max_epochs: int = Field(default=16, gt=0)
+    max_epochs: int = Field(default=12, gt=0)
     """Small data sets stop here: beyond it the confounder knows every clean sample by heart as well."""
     batch_size: int = Field(default=128, gt=1)
     """Images per step."""
@@ -66,8 +66,8 @@ class Confounder(Section):
     """L2 penalty."""
     augment: bool = False
     """Random crops in stage 1; they cut small triggers away, so the default preset leaves them out."""
-    snapshots: int = Field(default=10, gt=0)
-    """How many times, evenly over the budget, all losses are taken on un-augmented images."""
+    average: bool = True
+    """A sample's loss is the mean over the whole training; else the loss at its end."""
     pilot: bool = True
     """Also train the pilot, the view that does not see the trigger, without which nothing can be called separated."""
     pilot_learning_rate: float = Field(default=0.05, gt=0)

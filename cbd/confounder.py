@@ -18,7 +18,7 @@ class Confounder:
 
     model: Network
     losses: Tensor
-    """float32 [N]: geometric mean over the snapshots of each sample's cross-entropy on its stored view."""
+    """float32 [N]: each sample's cross-entropy; with `average` the geometric mean over the training's own passes and a last one."""
     steps: int
     history: list[dict[str, float]]
 
@@ -26,9 +26,10 @@ class Confounder:
 def train_confounder(
     images: Tensor, labels: Tensor, *, num_classes: int, params: Params, checkpoint: Path, on_epoch: OnEpoch
 ) -> Confounder:
-    """The confounder of this data: plain cross-entropy for a budget of steps, its per-sample losses averaged over several snapshots.
+    """The confounder of this data: plain cross-entropy for a budget of steps, and how hard each sample was for it.
 
-    A loss at one moment jumps (step size, batch-norm statistics); the mean over moments ranks poisoned samples far better.
+    A loss at one moment jumps (step size, batch-norm statistics); the mean over moments ranks poisoned samples far better. The moments
+    are those at which a sample is trained on anyway, so they cost nothing; one last pass gives every sample its say.
 
     Args:
         images: uint8 [N, 3, S, S] on the device to train on.
@@ -46,7 +47,8 @@ def train_confounder(
     steps_per_epoch = max(1, num // settings.batch_size)
     steps = min(settings.steps, settings.max_epochs * steps_per_epoch)
     epochs = -(-steps // steps_per_epoch)
-    session = Session({"model": model}, {"sgd": optimizer}, generator, {"log_losses": torch.zeros(num), "snapshots": torch.zeros(1)})
+    tables = {name: torch.zeros(num, device=images.device) for name in ("log_losses", "passes")}
+    session = Session({"model": model}, {"sgd": optimizer}, generator, tables)
     key = f"confounder {params.model_dump_json(include={'seed', 'model', 'confounder'})}"
     session.resume(checkpoint, key=key)
     while session.epoch < epochs:
@@ -54,26 +56,33 @@ def train_confounder(
         for step, chosen in enumerate(batches(num, settings.batch_size, generator=generator), first + 1):
             if step > steps:
                 break
-            measured.append(_step(model, optimizer, images[chosen], labels[chosen], params=params, generator=generator))
-            if step * settings.snapshots // steps > (step - 1) * settings.snapshots // steps:
-                session.tables["log_losses"] += sample_losses(model, images, labels).clamp_min(1e-6).log().cpu()
-                session.tables["snapshots"] += 1
+            losses, accuracy = _step(model, optimizer, images[chosen], labels[chosen], params=params, generator=generator)
+            session.tables["log_losses"][chosen] += _log(losses)
+            session.tables["passes"][chosen] += 1
+            measured.append((losses.mean(), accuracy))
         session.finish_epoch(checkpoint, key=key, measures={"step": float(min(steps, first + steps_per_epoch)), **mean_measures(measured)})
         on_epoch(session.epoch, epochs, session.history[-1])
-    mean = (session.tables["log_losses"] / session.tables["snapshots"]).exp()
-    return Confounder(model.eval(), mean, steps, session.history)
+    mean = _log(sample_losses(model, images, labels))
+    if settings.average:
+        mean = (session.tables["log_losses"] + mean) / (session.tables["passes"] + 1)
+    return Confounder(model.eval(), mean.exp().cpu(), steps, session.history)
+
+
+def _log(losses: Tensor) -> Tensor:
+    """Log of losses; a loss of zero has none."""
+    return losses.clamp_min(1e-6).log()
 
 
 def _step(
     model: Network, optimizer: torch.optim.SGD, view: Tensor, given: Tensor, *, params: Params, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step; the batch's loss and accuracy, both scalars."""
+    """One optimizer step; the losses [B] of the batch before it, and its accuracy, a scalar."""
     if params.confounder.augment:
         view = augment(view, crop=params.model.scaled(4), flip=False, cutout=0, generator=generator)
     with autocast(view.device):
         logits = model(view)[0].float()
-    loss = F.cross_entropy(logits, given)
+    losses = F.cross_entropy(logits, given, reduction="none")
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    losses.mean().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    return loss.detach(), (logits.argmax(1) == given).float().mean()
+    return losses.detach(), (logits.argmax(1) == given).float().mean()

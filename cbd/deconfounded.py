@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from cbd.config import Deconfounded, Params
 from cbd.losses import Critic, derangement, sample_weight, wasserstein_dependence
 from cbd.models import Network, make_model
-from cbd.training import OnEpoch, Session, augment, autocast, batches, make_sgd, mean_measures, predict, set_learning_rate
+from cbd.training import OnEpoch, Session, augment, autocast, batches, embeddings, make_sgd, mean_measures, predict, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def train_deconfounded(
     model.to(images.device).train()
     models: dict[str, nn.Module] = {"model": model}
     optimizers: dict[str, torch.optim.Optimizer] = {"sgd": make_sgd(model, settings)}
-    objective = _Objective(settings, evidence, generator)
+    objective = _Objective(settings, evidence, images, generator)
     if evidence is not None and settings.mi_weight:
         models["critic"] = objective.make_critic(model, evidence.confounder)
         optimizers["critic"] = torch.optim.Adam(models["critic"].parameters(), lr=settings.critic_learning_rate)
@@ -74,9 +74,7 @@ def train_deconfounded(
             view = augment(images[chosen], crop=crop, flip=settings.flip, cutout=cutout, noise=settings.noise, generator=generator)
             with autocast(images.device):
                 logits, embedding = (output.float() for output in model(view))
-            loss = objective(
-                logits, embedding, labels[chosen], view=view, stored=images[chosen], chosen=chosen, critic_step=optimizers.get("critic")
-            )
+            loss = objective(logits, embedding, labels[chosen], view=view, chosen=chosen, critic_step=optimizers.get("critic"))
             optimizers["sgd"].zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizers["sgd"].step()
@@ -103,9 +101,13 @@ def learning_rate(settings: Deconfounded, done: float) -> float:
 class _Objective:
     """The loss of a batch, with the critic that belongs to it."""
 
-    def __init__(self, settings: Deconfounded, evidence: Evidence | None, generator: torch.Generator) -> None:
+    def __init__(self, settings: Deconfounded, evidence: Evidence | None, images: Tensor, generator: torch.Generator) -> None:
         self.settings, self.evidence, self.generator = settings, evidence, generator
         self.critic: Critic | None = None
+        self.augmented = evidence is not None and settings.confounder_view == "augmented"
+        self.stored: Tensor | None = None
+        if evidence is not None and settings.mi_weight and not self.augmented:
+            self.stored = embeddings(evidence.confounder, images)  # r once for all epochs: the confounder is frozen
 
     def make_critic(self, model: Network, confounder: Network) -> Critic:
         """The critic, initialised from the generator."""
@@ -121,7 +123,6 @@ class _Objective:
         given: Tensor,
         *,
         view: Tensor,
-        stored: Tensor,
         chosen: Tensor,
         critic_step: torch.optim.Optimizer | None,
     ) -> Tensor:
@@ -129,25 +130,29 @@ class _Objective:
         own = F.cross_entropy(logits, given, reduction="none")
         if self.evidence is None:
             return own.mean()
-        seen = None
-        if self.critic is not None or (self.settings.weight == "formula" and self.settings.confounder_view == "augmented"):
-            with torch.no_grad(), autocast(view.device):
-                seen = self.evidence.confounder(view if self.settings.confounder_view == "augmented" else stored)
-        loss = (self._weight(own, given, chosen, None if seen is None else seen[0].float()) * own).mean()
-        if self.critic is not None and critic_step is not None and seen is not None:
-            loss = loss + self.settings.mi_weight * self._dependence(self.critic, seen[1].float(), embedding, critic_step)
+        theirs, r = self._confounder(given, view=view, chosen=chosen)
+        loss = (self._weight(own, theirs, chosen) * own).mean()
+        if self.critic is not None and critic_step is not None:
+            loss = loss + self.settings.mi_weight * self._dependence(self.critic, r, embedding, critic_step)
         if self.settings.bottleneck_weight:
             loss = loss + self.settings.bottleneck_weight * embedding.square().sum(1).mean()
         return loss
 
-    def _weight(self, own: Tensor, given: Tensor, chosen: Tensor, seen: Tensor | None) -> Tensor:
+    def _confounder(self, given: Tensor, *, view: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """The confounder's losses l_b [B] and embeddings r [B, R], on the view that the settings name; r is empty if nothing needs it."""
+        assert self.evidence is not None
+        if not self.augmented:
+            return self.evidence.losses[chosen], given.new_empty(0) if self.stored is None else self.stored[chosen]
+        with torch.no_grad(), autocast(view.device):
+            logits, r = (output.float() for output in self.evidence.confounder(view))
+        return F.cross_entropy(logits, given, reduction="none"), r
+
+    def _weight(self, own: Tensor, theirs: Tensor, chosen: Tensor) -> Tensor:
         assert self.evidence is not None
         if self.settings.weight == "none":
             return torch.ones_like(own)
         if self.settings.weight == "isolation":
             return self.evidence.weights[chosen]
-        augmented = self.settings.confounder_view == "augmented" and seen is not None
-        theirs = F.cross_entropy(seen, given, reduction="none") if augmented and seen is not None else self.evidence.losses[chosen]
         return sample_weight(theirs, own, normalise=self.settings.normalise_weight)
 
     def _dependence(self, critic: Critic, r: Tensor, z: Tensor, critic_step: torch.optim.Optimizer) -> Tensor:

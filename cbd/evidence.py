@@ -2,18 +2,17 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-MIN_GAP = 3.0
-"""Least distance, in pooled standard deviations, between the suspects and every other group."""
-MIN_PREFERENCE = 0.15
-"""Least mean preference of the pilot for another class in a suspect group."""
-EASY = math.log(math.log(2))
-"""Log of the loss at even odds: below it the confounder believes the given label more than all others together."""
+EASY_SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""Shares of the data set that are tried as `the samples that the confounder finds easiest`."""
+CONTRADICTED_SHARES = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
+"""Shares that are tried as `the samples that the pilot contradicts most`."""
+MAX_P_VALUE = 1e-3
+"""Largest p-value of the reversal at which a group counts as separated."""
 MIN_SUSPECTS = 10
 MAX_SHARE = 0.5
 """A larger group cannot be told from the honest samples without knowing which is which."""
@@ -27,50 +26,115 @@ class Separation:
 
     separated: bool | None
     """None: not measured, because there was no pilot."""
+    p_value: float | None
+    """Of the reversal: how probable so strong a one is on honest samples."""
     gap: float | None
-    """Distance to the nearest other group in pooled standard deviations; larger is clearer."""
+    """Mean suspicion (log odds of p_b * preference) of the group less that of the rest, in pooled standard deviations; None: no group."""
     share: float | None
     """Share of the data set in the group, in [0, 1]."""
     posterior: Floats
     """float [N] in [0, 1]: probability that a sample belongs to the group; 0 everywhere if nothing separated."""
 
 
-def separate(losses: Floats, preferences: Floats, *, seed: int) -> Separation:
-    """Looks for poison as a group of its own in the plane of log confounder loss and the pilot's preference for another class.
+@dataclass(frozen=True)
+class Reversal:
+    """How much more often the pilot contradicts what the confounder finds easy than what it finds hard."""
 
-    A Gaussian mixture of `NUM_GROUPS` is fitted to the plane; suspect are the groups that the confounder believes and the pilot does not.
-    Only a dirty-label backdoor is low in the one and high in the other: easy clean samples are low in both, hard and mislabelled ones
-    high in both. Clean-label poison is not seen by this.
+    p_value: float
+    """In (0, 1], for all places tried at once (Bonferroni)."""
+    log10_p_value: float
+    """The same as a logarithm, which does not underflow."""
+    inside: NDArray[np.bool_]
+    """bool [N]: the samples that are easy and contradicted, where the excess is least probable by chance."""
+
+
+def reversal(losses: Floats, preferences: Floats) -> Reversal:
+    """Tests whether the confounder and the pilot disagree the wrong way round.
+
+    What is easy for one network is easy for another: honest samples, mislabelled ones included, with a low loss are contradicted no more
+    often than those with a high loss (positive quadrant dependence: Lehmann, Ann. Math. Statist. 1966). Only a backdoor with changed
+    labels is easy for the one that learned the trigger and contradicted by the one that did not. For every pair of an easy share and a
+    contradicted share, Fisher's exact test asks whether there are more samples in both than independence allows, which positive
+    dependence makes fewer. Neither a rate nor a shape of any distribution is assumed.
 
     Args:
         losses: float [N] > 0, the confounder's.
         preferences: float [N] in [0, 1], how far the pilot prefers another class than the given label.
-        seed: of the mixture's starting points.
     """
+    from scipy.stats import hypergeom
+
+    places = [(np.quantile(losses, easy), np.quantile(preferences, 1 - against)) for easy in EASY_SHARES for against in CONTRADICTED_SHARES]
+    best, inside = 0.0, np.zeros(len(losses), bool)
+    for loss, preference in places:
+        easy, against = losses <= loss, preferences > preference
+        log_p = float(hypergeom.logsf((easy & against).sum() - 1, len(losses), against.sum(), easy.sum()))
+        if log_p < best:
+            best, inside = log_p, easy & against
+    log10 = min(0.0, (best + math.log(len(places))) / math.log(10))
+    return Reversal(10**log10, log10, inside)
+
+
+def separate(losses: Floats, preferences: Floats, *, seed: int) -> Separation:
+    """Looks for poison as a group of its own in the plane of what the two views say, both as log odds.
+
+    The coordinates are the log odds of p_b = exp(-loss) and of the preference. Whether there is a group is decided by the `reversal`; who
+    belongs to it by a Gaussian mixture of `NUM_GROUPS`, whose first component starts from the samples where the reversal shows. Clean-label
+    poison is not seen by this: nothing contradicts its labels.
+
+    Args:
+        losses: float [N] > 0, the confounder's.
+        preferences: float [N] in [0, 1], how far the pilot prefers another class than the given label.
+        seed: of the other components' starting points.
+    """
+    found = reversal(losses, preferences)
+    nothing = Separation(False, found.p_value, None, 0.0, np.zeros(len(losses)))
+    if found.p_value > MAX_P_VALUE or len(losses) < 10 * NUM_GROUPS:
+        return nothing
+    posterior = _membership(np.column_stack((_log_odds(np.exp(-losses)), _log_odds(preferences))), found.inside, seed=seed)
+    group = posterior > 0.5
+    if not MIN_SUSPECTS <= group.sum() <= MAX_SHARE * len(group):
+        return nothing
+    return Separation(True, found.p_value, _gap(losses, preferences, group), float(group.mean()), posterior)
+
+
+def _membership(plane: Floats, inside: NDArray[np.bool_], *, seed: int) -> Floats:
+    """float [N]: posterior of the component that starts from the points `inside`; the others start from clusters of the rest."""
+    from sklearn.cluster import KMeans
     from sklearn.mixture import GaussianMixture
 
-    plane = np.column_stack((np.log(losses), preferences))
-    spread = plane.std(0)
-    if len(plane) < 10 * NUM_GROUPS or not (spread > 1e-9).all():
-        return Separation(False, 0.0, 0.0, np.zeros(len(plane)))
-    scaled = (plane - plane.mean(0)) / spread
-    mixture = GaussianMixture(NUM_GROUPS, n_init=2, random_state=seed, reg_covar=1e-4).fit(scaled)
-    means = mixture.means_ * spread + plane.mean(0)
-    suspect = (means[:, 0] < EASY) & (means[:, 1] >= MIN_PREFERENCE)
-    if not suspect.any() or suspect.all():
-        return Separation(False, 0.0, 0.0, np.zeros(len(plane)))
-    posterior = mixture.predict_proba(scaled)[:, suspect].sum(1)
-    inside = posterior > 0.5
-    gap = min(_distance(mixture, int(one), int(other)) for one in np.flatnonzero(suspect) for other in np.flatnonzero(~suspect))
-    found = gap >= MIN_GAP and MIN_SUSPECTS <= inside.sum() <= MAX_SHARE * len(plane)
-    return Separation(bool(found), round(gap, 3), float(inside.mean()), posterior if found else np.zeros(len(plane)))
+    scaled = (plane - plane.mean(0)) / plane.std(0).clip(1e-9)
+    start = np.zeros((len(plane), NUM_GROUPS))
+    start[inside, 0] = 1
+    rest = np.flatnonzero(~inside)
+    start[rest, 1 + KMeans(NUM_GROUPS - 1, n_init=3, random_state=seed).fit(scaled[rest]).labels_] = 1
+    sizes, ridge = start.sum(0), 1e-3
+    means = (start.T @ scaled) / sizes[:, None]
+    offsets = [scaled[start[:, group] == 1] - means[group] for group in range(NUM_GROUPS)]
+    precisions = [np.linalg.inv(offset.T @ offset / len(offset) + ridge * np.eye(2)) for offset in offsets]
+    mixture = GaussianMixture(
+        NUM_GROUPS,
+        weights_init=sizes / sizes.sum(),
+        means_init=means,
+        precisions_init=np.array(precisions),
+        reg_covar=ridge,
+        max_iter=200,
+        random_state=seed,
+    )
+    posterior: Floats = mixture.fit(scaled).predict_proba(scaled)[:, 0]
+    return posterior
 
 
-def _distance(mixture: Any, one: int, other: int) -> float:
-    """Mahalanobis distance between two components under their mean covariance."""
-    apart = mixture.means_[one] - mixture.means_[other]
-    covariance = (mixture.covariances_[one] + mixture.covariances_[other]) / 2
-    return float(np.sqrt(apart @ np.linalg.solve(covariance, apart)))
+def _log_odds(probabilities: Floats) -> Floats:
+    clipped = probabilities.clip(1e-3, 1 - 1e-3)
+    odds: Floats = np.log(clipped / (1 - clipped))
+    return odds
+
+
+def _gap(losses: Floats, preferences: Floats, group: NDArray[np.bool_]) -> float:
+    suspicion = _log_odds(np.exp(-losses) * preferences)
+    inside, outside = suspicion[group], suspicion[~group]
+    pooled = math.sqrt((inside.var() + outside.var()) / 2)
+    return round(float(inside.mean() - outside.mean()) / max(pooled, 1e-9), 3)
 
 
 def rank_samples(posterior: Floats, losses: Floats, preferences: Floats) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from cbd.models import Network, make_model
 from cbd.training import OnEpoch, Session, augment, autocast, batches, make_sgd, mean_measures
 
 RISE, FALL = 0.5, 0.1
-"""How far the running preference follows a snapshot upwards and downwards: what was suspect once is let back in slowly."""
+"""How far the running preference follows a new look upwards and downwards: what was suspect once is let back in slowly."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def preference(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def remember(running: Tensor, seen: Tensor) -> Tensor:
-    """The running preference after another snapshot: it rises by half of the way and falls by a tenth of it; all float [N]."""
+    """The running preference after another look: it rises by half of the way and falls by a tenth of it; all float [N]."""
     return torch.where(seen > running, running + RISE * (seen - running), running + FALL * (seen - running))
 
 
@@ -58,6 +58,8 @@ def train_pilot(
     images: Tensor, labels: Tensor, losses: Tensor, *, num_classes: int, params: Params, checkpoint: Path, on_epoch: OnEpoch
 ) -> Pilot:
     """Runs the pilot for as many steps as the confounder; what it makes suspect is let go of as it goes on.
+
+    A sample is looked at whenever its turn to be trained on comes, before that step, and once at the end.
 
     Args:
         images: uint8 [N, 3, S, S] on the device to train on.
@@ -77,9 +79,7 @@ def train_pilot(
     steps = min(settings.steps, settings.max_epochs * steps_per_epoch)
     epochs = -(-steps // steps_per_epoch)
     losses, log_prior = losses.to(device), (labels.bincount(minlength=num_classes).clamp_min(1) / num).log()
-    session = Session(
-        {"model": model}, {"sgd": optimizer}, generator, {"preference": torch.zeros(num, device=device), "snapshots": torch.zeros(1)}
-    )
+    session = Session({"model": model}, {"sgd": optimizer}, generator, {"preference": torch.zeros(num, device=device)})
     key = f"pilot {params.model_dump_json(include={'seed', 'model', 'confounder'})}"
     session.resume(checkpoint, key=key)
     while session.epoch < epochs:
@@ -87,22 +87,22 @@ def train_pilot(
         for step, chosen in enumerate(batches(num, settings.batch_size, generator=generator), first + 1):
             if step > steps:
                 break
-            weight = (1 - suspicion(losses[chosen], session.tables["preference"][chosen])) ** 4
+            running = session.tables["preference"][chosen]
+            weight = (1 - suspicion(losses[chosen], running)) ** 4
             view = augment(images[chosen], crop=params.model.scaled(4), flip=False, cutout=0, generator=generator)
             with autocast(device):
-                logits = model(view)[0].float() + log_prior
-            loss = (weight * F.cross_entropy(logits, labels[chosen], reduction="none")).mean()
+                logits = model(view)[0].float()
+            session.tables["preference"][chosen] = remember(running, preference(logits.detach(), labels[chosen]))
+            adjusted = logits + log_prior
+            loss = (weight * F.cross_entropy(adjusted, labels[chosen], reduction="none")).mean()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            measured.append((loss.detach(), (logits.argmax(1) == labels[chosen]).float().mean()))
-            if step * settings.snapshots // steps > (step - 1) * settings.snapshots // steps:
-                seen = preference(_logits_by_batch_statistics(model, images, num_classes, generator=generator), labels)
-                session.tables["preference"] = remember(session.tables["preference"], seen)
-                session.tables["snapshots"] += 1
+            measured.append((loss.detach(), (adjusted.argmax(1) == labels[chosen]).float().mean()))
         session.finish_epoch(checkpoint, key=key, measures={"step": float(min(steps, first + steps_per_epoch)), **mean_measures(measured)})
         on_epoch(session.epoch, epochs, session.history[-1])
-    return Pilot(session.tables["preference"].cpu(), session.history)
+    seen = preference(_logits_by_batch_statistics(model, images, num_classes, generator=generator), labels)
+    return Pilot(remember(session.tables["preference"], seen).cpu(), session.history)
 
 
 @torch.no_grad()

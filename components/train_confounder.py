@@ -79,7 +79,7 @@ def _write_separation(folder: Path, found: Any, preferences: Any, *, data: Any, 
 
     losses = found.losses.numpy().astype(np.float64)
     if preferences is None:
-        separation, seen = Separation(None, None, None, np.zeros(len(losses))), np.full(len(losses), np.nan)
+        separation, seen = Separation(None, None, None, None, np.zeros(len(losses))), np.full(len(losses), np.nan)
     else:
         seen = preferences.numpy().astype(np.float64)
         separation = separate(losses, seen, seed=params.seed)
@@ -87,6 +87,7 @@ def _write_separation(folder: Path, found: Any, preferences: Any, *, data: Any, 
     pq.write_table(pa.table(columns), folder / LOSSES, compression="zstd")
     told = {
         "separated": separation.separated,
+        "p_value": separation.p_value,
         "gap": separation.gap,
         "share": separation.share,
         "suspects": int((separation.posterior > 0.5).sum()),

@@ -25,7 +25,7 @@ from pipelines.progress import STEPS
 
 PARAMS = """
 seed: 0
-confounder: {steps: 24, batch_size: 16, snapshots: 2}
+confounder: {steps: 24, batch_size: 16}
 deconfounded: {epochs: 3, batch_size: 16, crop: 2}
 gate: {min_clean_accuracy: 0.2, min_images: 30, warn_images: 30, null_members: 2}
 """

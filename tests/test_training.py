@@ -1,5 +1,6 @@
 """Both trainings on a toy set: small images whose class is a bar, with and without poison."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from cbd.attacks import make_attack
 from cbd.config import Confounder, Deconfounded, Gate, Model, Params
 from cbd.confounder import train_confounder
 from cbd.deconfounded import Evidence, learning_rate, train_deconfounded
-from cbd.evidence import detection, rank_samples, separate
+from cbd.evidence import detection, rank_samples, reversal, separate
 from cbd.models import make_model
 from cbd.pilot import preference, suspicion
 from cbd.training import augment, predict
@@ -24,7 +25,7 @@ def params(**deconfounded: object) -> Params:
     return Params(
         gate=Gate(min_clean_accuracy=0),
         model=Model(image_size=16),
-        confounder=Confounder(steps=6, batch_size=32, snapshots=2),
+        confounder=Confounder(steps=6, batch_size=32),
         deconfounded=Deconfounded(epochs=2, batch_size=32, **deconfounded),
     )
 
@@ -165,6 +166,25 @@ def plane(poisoned: int) -> tuple[np.ndarray, np.ndarray]:
     )
     preferences = np.concatenate((0.5 * hard * generator.random(900), generator.beta(8, 2, poisoned)))
     return losses, preferences
+
+
+def test_a_reversal_is_worked_out_by_hand() -> None:
+    """The example of docs/method.md: of 1,000 samples 200 are easy and 100 contradicted; 40 are both, where chance would put 20."""
+    losses, preferences = np.full(1000, 2.0), np.full(1000, 0.1)
+    losses[:200], preferences[160:260] = 1.0, 0.9
+    found = reversal(losses, preferences)
+    tail = sum(math.comb(100, k) * math.comb(900, 200 - k) for k in range(40, 101)) / math.comb(1000, 200)
+    assert tail == pytest.approx(8.85e-7, rel=0.01)
+    assert found.p_value == pytest.approx(80 * tail) and found.log10_p_value == pytest.approx(math.log10(80 * tail))
+    assert np.flatnonzero(found.inside).tolist() == list(range(160, 200))
+
+
+def test_views_that_agree_or_know_nothing_of_each_other_show_no_reversal() -> None:
+    generator = np.random.default_rng(0)
+    losses = np.exp(generator.standard_normal(2000))
+    assert reversal(losses, 1 - np.exp(-losses)).p_value == 1
+    assert reversal(losses, generator.random(2000)).p_value > 0.01
+    assert reversal(losses, np.exp(-losses)).p_value < 1e-100 or reversal(losses, np.exp(-losses)).log10_p_value < -100
 
 
 def test_a_poisoned_group_is_told_apart_without_its_rate() -> None:
