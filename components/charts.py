@@ -54,9 +54,8 @@ def histogram(
     *,
     label: str,
     names: Sequence[tuple[float, str]],
-    mark: float | None = None,
 ) -> Markup:
-    """Bars per bin with the groups stacked; `names` label places of the horizontal axis, `mark` is a dashed line."""
+    """Bars per bin with the groups stacked; `names` label places of the horizontal axis."""
     first, span = edges[0], edges[-1] - edges[0]
     top = nice(max(max(map(sum, zip(*(counts for _, counts in groups), strict=True))), 1))
     drawn = [_level(tick / top, count(tick)) for tick in ticks(top) if tick == int(tick)]
@@ -67,9 +66,6 @@ def histogram(
                 drawn.append(_column((edges[i] - first) / span, (edges[i + 1] - edges[i]) / span, floor[i] / top, bin_count / top, style))
             floor[i] += bin_count
     drawn += [_label(name, (place - first) / span, HEIGHT + 18) for place, name in names if edges[0] <= place <= edges[-1]]
-    if mark is not None:
-        place = _at((mark - first) / span)
-        drawn.append(_tag("line", x1=place, x2=place, y1=0, y2=HEIGHT, class_="mark limit"))
     return _svg(HEIGHT, "plot", label, *drawn)
 
 

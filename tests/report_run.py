@@ -122,7 +122,7 @@ def write_decision(folder: Path, verdict: str) -> str:
             "value": 2.31,
             "threshold": 1.0,
             "result": "PASS",
-            "sentence": "A tight low-loss group separated.",
+            "sentence": "The confounder set a group of images apart within 800 steps.",
         },
     ]
     for i, name in enumerate(TRIGGERS):
@@ -191,7 +191,7 @@ def _write_training(kfp: Path, ids: list[str], labels: list[int], *, num_classes
         "separated": True,
         "gap": 2.31,
         "share": 0.2,
-        "threshold": 0.03,
+        "p_value": 1e-30,
         "steps": 800,
         "curve": [],
         "histogram": {"edges": [], "counts": []},

@@ -84,7 +84,7 @@ def test_the_page_tells_every_measurement_with_its_counts(run: Path) -> None:
         "622 of 628",
         "628 of 628",
         "13 of 620",
-        "A tight low-loss group separated.",
+        "The confounder set a group of images apart within 800 steps.",
         "9f9f9f9f",
         "acme",
     ):
@@ -439,7 +439,7 @@ def test_a_bar_is_as_long_as_its_share() -> None:
 
 
 def test_a_histogram_stacks_its_groups() -> None:
-    drawn = histogram([0.0, 1.0, 2.0], [("poison", [1, 0]), ("clean", [1, 4])], label="x", names=[(1.0, "<one>")], mark=1.5)
+    drawn = histogram([0.0, 1.0, 2.0], [("poison", [1, 0]), ("clean", [1, 4])], label="x", names=[(1.0, "<one>")])
     heights = re.findall(r'y="([\d.]+)" height="([\d.]+)" class="fill (\w+)"', drawn)
     assert heights == [("134.4", "33.6", "poison"), ("100.8", "33.6", "clean"), ("33.6", "134.4", "clean")]
-    assert "&lt;one&gt;" in drawn and 'x1="75.00%"' in drawn
+    assert "&lt;one&gt;" in drawn

@@ -111,12 +111,10 @@ def losses(run: Run) -> View:
     low, high = np.floor(values.min() * 4) / 4, np.ceil(values.max() * 4) / 4 + 1e-9
     groups = _split(run, table["sample_id"], values, np.linspace(low, max(high, low + 1), 49))
     names = [(place, f"{10.0**place:g}") for place in range(int(np.ceil(low)), int(high) + 2)]
-    threshold = separation.get("threshold")
-    mark = float(np.log10(threshold)) if isinstance(threshold, float) and threshold > 0 else None
     edges = [float(edge) for edge in np.linspace(low, max(high, low + 1), 49)]
-    drawn = histogram(edges, groups, label="histogram of the confounder's losses", names=names, mark=mark)
-    told = {"separated": separation.get("separated"), "gap": number(separation.get("gap")), "share": percent(separation.get("share"))}
-    return {"svg": drawn, "styles": [style for style, _ in groups], "threshold": number(threshold) if mark is not None else None} | told
+    drawn = histogram(edges, groups, label="histogram of the confounder's losses", names=names)
+    told = {name: number(separation.get(name)) for name in ("p_value", "gap")} | {"share": percent(separation.get("share"))}
+    return {"svg": drawn, "styles": [style for style, _ in groups], "separated": separation.get("separated")} | told
 
 
 def weights(run: Run) -> View:
