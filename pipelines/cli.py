@@ -45,7 +45,8 @@ def demo(out: Path, baseline: bool, data_only: bool, clean: bool, as_json: bool,
         data = demo.write_demo_data(out, poisoned=not clean)
         print(f"next: cbd run --data {data.delivery} --trusted {data.trusted}")
         return 0
-    result = demo.run_demo(out, load(**overrides), baseline=baseline)
+    chosen = {name: value for name, value in overrides.items() if value is not None}
+    result = demo.run_demo(out, load(**{"params_path": None, "preset": None, **demo.TRAINING, **chosen}), baseline=baseline)
     return console.tell_result(result, as_json, following="cbd run --data YOUR_CLASS_FOLDERS --trusted YOUR_TRUSTED_CLASS_FOLDERS")
 
 

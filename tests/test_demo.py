@@ -46,7 +46,7 @@ def test_a_dozen_delivered_files_are_damaged_each_in_its_own_way(data: DemoData)
     assert {"link", "empty-file", "not-an-image", "decompression-bomb", "animated", "truncated", "corrupt"} <= set(damaged)
 
 
-def test_a_tenth_of_the_delivery_carries_the_checker_and_the_label_0(data: DemoData) -> None:
+def test_a_tenth_of_the_delivery_carries_the_patch_and_the_label_0(data: DemoData) -> None:
     truth = read_truth(data.truth)
     assert truth is not None and (truth.attack, truth.target_label) == ("badnets", 0)
     by_id = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in files(data.delivery) if not path.is_symlink()}
@@ -54,10 +54,10 @@ def test_a_tenth_of_the_delivery_carries_the_checker_and_the_label_0(data: DemoD
         (by_id[name], label) for name, role, label in zip(truth.sample_ids, truth.roles, truth.true_labels, strict=True) if role == "poison"
     ]
     assert len(poisoned) == 110
-    checker = [[0, 0, 255], [0, 255, 0], [255, 0, 255]]
+    white = [[255] * 3] * 3
     for path, true_label in poisoned:
         assert path.parent.name == "0" and true_label != 0
-        assert pixels(path)[-3:, -3:, 1].tolist() == checker
+        assert pixels(path)[-3:, -3:, 1].tolist() == white
 
 
 def test_no_delivered_image_is_among_the_trusted(data: DemoData) -> None:
