@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cbd.errors import ConfigError
 
+AttackName = Literal["badnets", "blend", "sig", "wanet"]
+
 
 class Section(BaseModel):
     """A section of `params.yaml`: frozen, and closed to unknown keys."""
@@ -141,10 +143,10 @@ class Gate(Section):
 class Poison(Section):
     """A known attack stamped on the taken-in copy, for trials only."""
 
-    attack: Literal["badnets", "blend"] | None = None
+    attack: AttackName | None = None
     """Trigger family; null: no poison."""
     poison_rate: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the data set that is poisoned."""
+    """Share of the data set that is poisoned. Of a clean-label attack it is at most half of the target class."""
     target_label: int = Field(default=0, ge=0)
     """Index of the class that triggered images are sent to."""
 

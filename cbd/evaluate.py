@@ -30,7 +30,7 @@ class Trigger:
 
 
 @dataclass(frozen=True)
-class RandomPatch:
+class RandomPatch(Attack):
     """A harmless member of the patch family: random pixels [3, 3, 3] at a random place."""
 
     seed: int

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from pipelines.options import as_json, load, out_option, params_options, poison_options, tell, workspace_option
+from pipelines.options import ATTACKS, as_json, load, out_option, params_options, poison_options, tell, workspace_option
 
 
 @click.command()
@@ -28,7 +28,7 @@ def ingest(data: str, trusted: str, out: Path, as_json: bool, **options: Any) ->
 
 @click.command()
 @click.argument("dataset", type=click.Path(path_type=Path))
-@click.option("--attack", "poison__attack", type=click.Choice(["badnets", "blend"]), required=True, help="Trigger family.")
+@click.option("--attack", "poison__attack", type=click.Choice(ATTACKS), required=True, help="Trigger family.")
 @out_option
 @poison_options
 @params_options

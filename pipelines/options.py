@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cbd.config import Params
 
 WORKSPACE = Path("cbd-workspace")
+ATTACKS = ("badnets", "blend", "sig", "wanet")
 F = Callable[..., Any]
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")

@@ -68,7 +68,7 @@ def test_heavy_packages_are_not_imported_for_help() -> None:
             2,
             "--poison-rate and --target-label go with --poison",
         ),
-        (["run", "--data", "delivery", "--trusted", "trusted", "--poison", "wanet"], 2, "wanet"),
+        (["run", "--data", "delivery", "--trusted", "trusted", "--poison", "wavelet"], 2, "wavelet"),
         (["run", "--data", "delivery", "--trusted", "trusted", "--epochs", "0"], 2, "0 is not in the range"),
         (["demo", "--clean"], 2, "--clean goes with --data-only"),
         (["tarin"], 2, "No such command 'tarin'"),

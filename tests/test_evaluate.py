@@ -169,3 +169,20 @@ def test_a_poisoned_copy_is_a_trial_with_its_roles_apart(tmp_path: Path) -> None
     assert truth.roles.count("poison") == 6
     assert all(label != 0 for label, role in zip(truth.true_labels, truth.roles, strict=True) if role == "poison")
     assert "role" not in json.dumps(info.model_dump(mode="json"))
+
+
+def test_covers_keep_their_labels_and_clean_label_poison_too(tmp_path: Path) -> None:
+    clean = dataset(tmp_path / "clean", 60)
+    told = poison(clean, tmp_path / "warped", truth=tmp_path / "warped-truth", params=Poison(attack="wanet", target_label=0), seed=5)
+    truth = read_truth(tmp_path / "warped-truth")
+    assert truth is not None and (told["poisoned"], told["cover"]) == (6, 12)
+    assert (truth.roles.count("poison"), truth.roles.count("cover")) == (6, 12)
+    assert read_info(tmp_path / "warped").class_counts[0] == 26
+    sig = Poison(attack="sig", target_label=0, poison_rate=0.1)
+    poison(clean, tmp_path / "sig", truth=tmp_path / "sig-truth", params=sig, seed=5)
+    truth = read_truth(tmp_path / "sig-truth")
+    assert truth is not None and {label for label, role in zip(truth.true_labels, truth.roles, strict=True) if role == "poison"} == {0}
+    assert read_info(tmp_path / "sig").class_counts == read_info(clean).class_counts
+    with pytest.raises(DataError, match=r"half of class 0; give a rate up to 0\.166"):
+        poison(clean, tmp_path / "more", truth=tmp_path / "more-truth", params=sig.model_copy(update={"poison_rate": 0.2}), seed=5)
+    assert not (tmp_path / "more").exists()

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from cbd.attacks import Images
+from cbd.attacks import Attack, Images
 from cbd.errors import DataError
 
 CHECKER = np.array([[0, 0, 255], [0, 255, 0], [255, 0, 255]], np.uint8)
@@ -14,7 +14,7 @@ Place = Literal["top-left", "top-right", "bottom-left", "bottom-right", "centre"
 
 
 @dataclass(frozen=True)
-class BadNets:
+class BadNets(Attack):
     """A 3x3 patch, checker or white, in a corner or the centre."""
 
     pattern: Literal["checker", "white"] = "checker"

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cbd.attacks import Images
+from cbd.attacks import Attack, Images
 
 
 @dataclass(frozen=True)
-class Blend:
+class Blend(Attack):
     """(1 - alpha) * image + alpha * pattern, with a pattern of uniform noise drawn from `seed`."""
 
     alpha: float = 0.2
