@@ -83,6 +83,23 @@ def attack_success(model: Network, images: Images, labels: Labels, *, attack: At
     return rate(int((found == target_label).sum()), int(others.sum()))
 
 
+def robust_accuracy(model: Network, images: Images, labels: Labels, *, attack: Attack, target_label: int) -> Rate:
+    """Share of triggered images, of those whose true class is not the target, that are still called their true class."""
+    others = labels != target_label
+    if not others.any():
+        return rate(0, 0)
+    found = predictions(model, attack.stamp(images[others]))
+    return rate(int((found == labels[others]).sum()), int(others.sum()))
+
+
+def defence_effectiveness(*, ca: float, asr: float, undefended_ca: float, undefended_asr: float) -> float:
+    """DER in [0, 1] against the undefended model: (max(0, drop in ASR) - max(0, drop in CA) + 1) / 2 (Zhu et al., ICCV 2023).
+
+    1: the attack fell from always to never and accuracy stayed; 1/2: nothing changed.
+    """
+    return (max(0.0, undefended_asr - asr) - max(0.0, undefended_ca - ca) + 1) / 2
+
+
 def turned(before: Labels, after: Labels, labels: Labels, *, num_classes: int) -> list[tuple[int, int]]:
     """(k, n) for every target class t: of the n images that are not t and are not called t untriggered, the k that a trigger turns to t."""
     counts = []

@@ -120,7 +120,7 @@ def _with_truth(model: Path, compared: Compared, samples: Any, success: dict[str
     caught = _attacked(compared.confounder, samples, truth) if compared.confounder and truth else None
     return {
         "confounder": {"steps": told["steps"], "separated": told["separated"], "gap": told["gap"], "asr": caught},
-        "detection": _detection(compared.evidence, truth) if compared.evidence and truth else None,
+        "detection": detected(compared.evidence, truth) if compared.evidence and truth else None,
         "baseline": _baseline(compared.undefended, samples, truth) if compared.undefended else None,
     }
 
@@ -145,7 +145,8 @@ def _baseline(undefended: Path, samples: Any, truth: Truth | None) -> dict[str, 
     return {"ca": accuracy, "asr": _attacked(undefended, samples, truth) if truth else None}
 
 
-def _detection(evidence: Path, truth: Truth) -> dict[str, float] | None:
+def detected(evidence: Path, truth: Truth) -> dict[str, float] | None:
+    """How well the ranks in the evidence table tell poison from the rest (see `cbd.evidence.detection`)."""
     import numpy as np
     import pyarrow.parquet as pq
 

@@ -5,7 +5,19 @@ from typing import Any
 
 import click
 
-from pipelines.options import ATTACKS, as_json, load, out_option, params_options, poison_options, tell, workspace_option
+from cbd.errors import ConfigError
+from pipelines.options import (
+    ATTACKS,
+    PRESETS,
+    as_json,
+    load,
+    out_option,
+    params_options,
+    poison_options,
+    split,
+    tell,
+    workspace_option,
+)
 
 
 @click.command()
@@ -122,5 +134,31 @@ def predict(model: str, data: str, out: Path, workspace: Path, as_json: bool) ->
     return tell(outputs, as_json, f"""python -c "import pandas; print(pandas.read_parquet('{out}'))\"""")
 
 
-COMMANDS = (ingest, poison, validate, train, evaluate, gate, predict)
+@click.command()
+@click.option("--data", required=True, help="Clean delivery to be poisoned: class folders, Parquet, local or s3://.")
+@click.option("--trusted", required=True, help="Trusted set.")
+@click.option("--attacks", default="badnets", show_default=True, help=f"Comma-separated, or all: {', '.join(ATTACKS)}.")
+@click.option("--presets", default="none,cbd", show_default=True, help="Comma-separated: none (plain training), official, paper, cbd.")
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How many seeds, from 0 on.")
+@click.option("--limit", type=click.IntRange(0), default=0, help="Take in at most so many images; 0: all.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("cbd-redteam"), show_default=True, help="Where all of it is kept.")
+@poison_options
+@params_options
+@as_json
+def redteam(data: str, trusted: str, attacks: str, presets: str, seeds: int, limit: int, out: Path, as_json: bool, **overrides: Any) -> int:
+    """The defence against known attacks: poison, train, measure; resumes where it was stopped.
+
+    A delivery that was taken in to OUT before is not read again.
+    """
+    from pipelines import steps
+
+    for name, instead in (("preset", "--presets"), ("seed", "--seeds")):
+        if overrides[name] is not None:
+            raise ConfigError(f"--{name} is one of several here; use {instead}")
+    chosen = {"attacks": split(attacks, ATTACKS, "--attacks"), "presets": split(presets, PRESETS, "--presets"), "seeds": range(seeds)}
+    outputs = steps.redteam(data, trusted, out, limit=limit, options=overrides, **chosen)
+    return tell(outputs, as_json, f"""python -c "import pandas; print(pandas.read_parquet('{outputs["table"]}'))\"""", table="rows")
+
+
+COMMANDS = (ingest, poison, validate, train, evaluate, gate, predict, redteam)
 """In the order of the pipeline's steps."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 WORKSPACE = Path("cbd-workspace")
 ATTACKS = ("badnets", "blend", "sig", "wanet")
+PRESETS = ("none", "official", "paper", "cbd")
 F = Callable[..., Any]
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
@@ -69,6 +70,17 @@ def load(*, params_path: Path | None, preset: str | None, **overrides: Any) -> "
     ):
         raise ConfigError("--poison-rate and --target-label go with --poison; add --poison badnets or leave them out")
     return load_params(params_path or default, preset=preset, **overrides)
+
+
+def split(text: str, known: tuple[str, ...], option: str) -> tuple[str, ...]:
+    """The comma-separated names in `text`, or all of them; raises ConfigError on one that is not known."""
+    names = known if text == "all" else tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{option} {name!r}: expected all, or some of {','.join(known)}")
+    if not names:
+        raise ConfigError(f"{option}: expected all, or some of {','.join(known)}, found none")
+    return names
 
 
 def tell(outputs: dict[str, Any], as_json: bool, following: str, *, table: str | None = None) -> int:

@@ -1,5 +1,6 @@
 """Single steps by hand: the same functions that the pipeline's components call."""
 
+import hashlib
 import json
 import sys
 import tempfile
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cbd.config import Params
 from cbd.errors import DataError
+from cbd.files import replacing
 from pipelines.launch import check_uri
 from pipelines.outcome import find_artifact, find_run
 from pipelines.progress import by_hand, printable
@@ -38,6 +40,30 @@ def poison(dataset: Path, out: Path, *, params: Params) -> dict[str, Any]:
     from components.poison import poison as stamp
 
     return stamp(dataset, out / "dataset", truth=out / "truth", params=params.poison, seed=params.seed)
+
+
+@by_hand()
+def redteam(data: str, trusted: str, out: Path, *, limit: int, options: dict[str, Any], **chosen: Any) -> dict[str, Any]:
+    """The rows of `pipelines.redteam.redteam` on a delivery, which is taken in to `out` once."""
+    from components.ingest import IngestOptions, IngestPaths
+    from components.ingest import ingest as take_in
+    from pipelines import redteam as team
+    from pipelines.options import load
+
+    def params_of(*, preset: str, seed: int, attack: str) -> Params:
+        return load(**{**options, "preset": preset, "seed": seed, "poison__attack": attack})
+
+    check_uri("--data", data)
+    check_uri("--trusted", trusted)
+    params = params_of(preset="cbd", seed=0, attack=chosen["attacks"][0])
+    about = f"{data} {trusted} {limit} {params.ingest.model_dump_json()}"
+    taken_in = out / f"taken-in-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
+    if not taken_in.is_dir():
+        with replacing(taken_in) as temporary:
+            paths = IngestPaths(*(temporary / name for name in IngestPaths._fields))
+            take_in(data, trusted, outputs=paths, params=params.ingest, options=IngestOptions(supplier="redteam", limit=limit))
+    rows = team.redteam(taken_in, out, params_of=params_of, **chosen)
+    return {"rows": rows, "table": str(out / team.TABLE)}
 
 
 @by_hand()

@@ -14,7 +14,19 @@ from cbd.bundle import BundleCard, bundle_digest
 from cbd.config import Gate, Poison
 from cbd.dataset import make_row, read_info, read_truth, to_batches, write_dataset
 from cbd.errors import DataError
-from cbd.evaluate import BATTERY, attack_success, clean_accuracy, compare, harmless, largest_rate, run_battery, turned, worst_target
+from cbd.evaluate import (
+    BATTERY,
+    attack_success,
+    clean_accuracy,
+    compare,
+    defence_effectiveness,
+    harmless,
+    largest_rate,
+    robust_accuracy,
+    run_battery,
+    turned,
+    worst_target,
+)
 from cbd.measurements import read_evaluation
 from cbd.models import make_model, save_bundle
 from components.evaluate import Compared, evaluate
@@ -64,6 +76,20 @@ def test_attack_success_leaves_out_images_of_the_target_class() -> None:
     assert (elsewhere["k"], elsewhere["n"]) == (0, 3)
     nobody = attack_success(Corner(), *naming([0, 0]), attack=BadNets(), target_label=0)
     assert nobody["rate"] is None
+
+
+def test_robust_accuracy_counts_triggered_images_that_keep_their_true_class() -> None:
+    images, labels = naming([0, 0, 1, 2, 1])
+    labels[3] = 1
+    kept = robust_accuracy(Corner(), images, labels, attack=BadNets("white", "centre"), target_label=0)
+    assert (kept["k"], kept["n"]) == (2, 3)
+    assert robust_accuracy(Corner(), images, labels, attack=BadNets("white"), target_label=0)["k"] == 0
+
+
+def test_defence_effectiveness_is_worked_out_by_hand() -> None:
+    """ASR falls by 0.9 and CA by 0.1: (0.9 - 0.1 + 1) / 2; gains on either side count nothing."""
+    assert defence_effectiveness(ca=0.8, asr=0.05, undefended_ca=0.9, undefended_asr=0.95) == pytest.approx(0.9)
+    assert defence_effectiveness(ca=0.95, asr=0.99, undefended_ca=0.9, undefended_asr=0.95) == pytest.approx(0.5)
 
 
 def test_clean_accuracy_is_k_of_n() -> None:

@@ -1,0 +1,82 @@
+"""The defence against known attacks, on a data set of yours: prints a table and writes its rows. Resumes where it was stopped.
+
+    python benchmarks/defence.py --data CIFAR10 --limit 10000 --attacks all --presets none,cbd --seeds 3 --out out.json
+
+CIFAR10 is a folder with `train.parquet` and `test.parquet` in the Hugging Face image convention. Everything trained is kept beside OUT, in
+a folder of the same name without its ending. `all` attacks are those that are there so far.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from cbd.errors import CbdError
+from cbd.files import write_json
+from pipelines import redteam, steps
+from pipelines.local import share_cores
+from pipelines.options import ATTACKS, PRESETS, split
+
+
+def main() -> int:
+    """0, or the exit code of the mistake that is told."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and test.parquet")
+    parser.add_argument("--limit", type=int, default=0, help="only the first so many training images; 0 for all")
+    parser.add_argument("--attacks", default="all", help=f"all, or some of {','.join(ATTACKS)}")
+    parser.add_argument("--presets", default="none,cbd", help=f"some of {','.join(PRESETS)}")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0 on")
+    parser.add_argument("--poison-rate", type=float, help="share of the data set; not for clean-label attacks")
+    parser.add_argument("--epochs", type=int, help="of the deconfounded and the undefended model")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    arguments = parser.parse_args()
+    share_cores()
+    try:
+        outputs = steps.redteam(
+            str(arguments.data / "train.parquet"),
+            str(arguments.data / "test.parquet"),
+            arguments.out.with_suffix(""),
+            limit=arguments.limit,
+            options={
+                "params_path": None,
+                "poison__poison_rate": arguments.poison_rate,
+                "deconfounded__epochs": arguments.epochs,
+            },
+            attacks=split(arguments.attacks, ATTACKS, "--attacks"),
+            presets=split(arguments.presets, PRESETS, "--presets"),
+            seeds=range(arguments.seeds),
+        )
+    except CbdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    write_json(arguments.out, outputs["rows"])
+    print(redteam.render(outputs["rows"]))
+    print(f"\n{datetime.date.today()}, commit {commit()}, {machine()}")
+    print(f"wrote {arguments.out} ({len(json.loads(arguments.out.read_text()))} rows)")
+    return 0
+
+
+def commit() -> str:
+    """The commit that is checked out, `+` with changes of its own."""
+    told = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return told.stdout.strip() or "unknown"
+
+
+def machine() -> str:
+    """The hardware in words."""
+    import torch
+
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    name = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    return f"{os.cpu_count()} cores ({name}), Python {platform.python_version()}, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Rows of the red team: what they hold, that nothing is measured twice, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import cli, redteam
+from pipelines.damages import encode_png
+from pipelines.demo import load_scans
+
+PARAMS = """
+confounder: {steps: 12, batch_size: 16}
+deconfounded: {epochs: 2, batch_size: 16, crop: 2}
+gate: {min_clean_accuracy: 0.2}
+presets:
+  none: {deconfounded: {weight: none, mi_weight: 0}}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 90 delivered and 48 trusted scans of three digits, and small parameters."""
+    root = tmp_path_factory.mktemp("redteam")
+    images, labels = load_scans()
+    for label in range(3):
+        for number, index in enumerate(np.flatnonzero(labels == label)[:46]):
+            path = root / ("delivery" if number < 30 else "trusted") / str(label) / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode_png(images[index]))
+    (root / "params.yaml").write_text(PARAMS)
+    return root
+
+
+def run(place: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, Any, str]:
+    arguments = ["redteam", "--data", str(place / "delivery"), "--trusted", str(place / "trusted"), "--params", str(place / "params.yaml")]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*arguments, "--out", str(place / "out"), "--json", *more])
+    told = capsys.readouterr()
+    return int(ended.value.code or 0), json.loads(told.out.splitlines()[-1]), told.err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("torch_one_thread")
+def test_rows_hold_all_measures_and_are_not_measured_twice(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, told, _ = run(place, capsys, "--attacks", "badnets,sig", "--presets", "none,cbd")
+    assert code == 0
+    rows = told["rows"]
+    assert [(row["attack"], row["preset"]) for row in rows] == [("badnets", "none"), ("badnets", "cbd"), ("sig", "none"), ("sig", "cbd")]
+    assert [row["poison_rate"] for row in rows] == pytest.approx([0.1, 0.1, 15 / 90, 15 / 90])
+    for row in rows:
+        assert 0 <= row["ca"] <= 1 and -1 <= row["excess_asr"] <= row["asr"] <= 1 and row["asr"] + row["robust_accuracy"] <= 1 + 1e-9
+        assert (row["auroc"] is None) == (row["preset"] == "none") == (row["separated"] is None)
+    assert {row["der"] for row in rows if row["preset"] == "none"} == {0.5}
+    assert pq.read_table(told["table"]).to_pylist() == rows
+    trained = {path: path.stat().st_mtime_ns for path in (place / "out").rglob("model.safetensors")}
+    assert len(trained) == 7  # a clean model; for each attack an undefended one, a confounder and a deconfounded one
+    code, again, _ = run(place, capsys, "--attacks", "badnets,sig", "--presets", "none,cbd")
+    assert again == told
+    assert {path: path.stat().st_mtime_ns for path in (place / "out").rglob("model.safetensors")} == trained
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--attacks", "badnet"), "--attacks 'badnet': expected all, or some of badnets,blend,sig,wanet"),
+        (("--presets", ","), "--presets: expected all, or some of none,official,paper,cbd, found none"),
+        (("--preset", "cbd"), "use --presets"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_known_ones(
+    place: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], message: str
+) -> None:
+    code, _, err = run(place, capsys, *more)
+    assert code == 2 and message in err.splitlines()[-1]
+
+
+def test_the_table_says_percent_and_dashes_what_was_not_measured() -> None:
+    row = dict.fromkeys((*redteam.COLUMNS, *redteam.DETECTION, "seconds")) | {"attack": "sig", "ca": 0.875, "der": 0.5, "seconds": 12.34}
+    head, _, line = redteam.render([row]).splitlines()
+    cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+    assert (cells["ca"], cells["asr"], cells["der"], cells["seconds |"]) == ("87.5 %", "-", "0.5", "12.3 |")
