@@ -19,6 +19,8 @@ class Confounder:
     model: Network
     losses: Tensor
     """float32 [N]: each sample's cross-entropy; with `average` the geometric mean over the training's own passes and a last one."""
+    final_losses: Tensor
+    """float32 [N]: each sample's cross-entropy at the end."""
     steps: int
     history: list[dict[str, float]]
 
@@ -62,10 +64,9 @@ def train_confounder(
             measured.append((losses.mean(), accuracy))
         session.finish_epoch(checkpoint, key=key, measures={"step": float(min(steps, first + steps_per_epoch)), **mean_measures(measured)})
         on_epoch(session.epoch, epochs, session.history[-1])
-    mean = _log(sample_losses(model, images, labels))
-    if settings.average:
-        mean = (session.tables["log_losses"] + mean) / (session.tables["passes"] + 1)
-    return Confounder(model.eval(), mean.exp().cpu(), steps, session.history)
+    final = _log(sample_losses(model, images, labels))
+    mean = (session.tables["log_losses"] + final) / (session.tables["passes"] + 1) if settings.average else final
+    return Confounder(model.eval(), mean.exp().cpu(), final.exp().cpu(), steps, session.history)
 
 
 def _log(losses: Tensor) -> Tensor:

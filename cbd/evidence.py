@@ -13,6 +13,8 @@ CONTRADICTED_SHARES = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
 """Shares that are tried as `the samples that the pilot contradicts most`."""
 MAX_P_VALUE = 1e-3
 """Largest p-value of the reversal at which a group counts as separated."""
+BELIEVED = math.log(2)
+"""Largest median final loss of a group: the confounder believes its labels more than all others together, so it has learned something."""
 MIN_SUSPECTS = 10
 MAX_SHARE = 0.5
 """A larger group cannot be told from the honest samples without knowing which is which."""
@@ -74,16 +76,18 @@ def reversal(losses: Floats, preferences: Floats) -> Reversal:
     return Reversal(10**log10, log10, inside)
 
 
-def separate(losses: Floats, preferences: Floats, *, seed: int) -> Separation:
+def separate(losses: Floats, preferences: Floats, final_losses: Floats, *, seed: int) -> Separation:
     """Looks for poison as a group of its own in the plane of what the two views say, both as log odds.
 
     The coordinates are the log odds of p_b = exp(-loss) and of the preference. Whether there is a group is decided by the `reversal`; who
-    belongs to it by a Gaussian mixture of `NUM_GROUPS`, whose first component starts from the samples where the reversal shows. Clean-label
-    poison is not seen by this: nothing contradicts its labels.
+    belongs to it by a Gaussian mixture of `NUM_GROUPS`, whose first component starts from the samples where the reversal shows. A
+    confounder that has learned nothing yet finds the most frequent classes easy, which an adjusted pilot contradicts: so it must believe
+    the group's labels in the end. Clean-label poison is not seen by this: nothing contradicts its labels.
 
     Args:
         losses: float [N] > 0, the confounder's.
         preferences: float [N] in [0, 1], how far the pilot prefers another class than the given label.
+        final_losses: float [N] >= 0, the confounder's at its end.
         seed: of the other components' starting points.
     """
     found = reversal(losses, preferences)
@@ -92,7 +96,7 @@ def separate(losses: Floats, preferences: Floats, *, seed: int) -> Separation:
         return nothing
     posterior = _membership(np.column_stack((_log_odds(np.exp(-losses)), _log_odds(preferences))), found.inside, seed=seed)
     group = posterior > 0.5
-    if not MIN_SUSPECTS <= group.sum() <= MAX_SHARE * len(group):
+    if not MIN_SUSPECTS <= group.sum() <= MAX_SHARE * len(group) or np.median(final_losses[group]) > BELIEVED:
         return nothing
     return Separation(True, found.p_value, _gap(losses, preferences, group), float(group.mean()), posterior)
 

@@ -82,7 +82,7 @@ def _write_separation(folder: Path, found: Any, preferences: Any, *, data: Any, 
         separation, seen = Separation(None, None, None, None, np.zeros(len(losses))), np.full(len(losses), np.nan)
     else:
         seen = preferences.numpy().astype(np.float64)
-        separation = separate(losses, seen, seed=params.seed)
+        separation = separate(losses, seen, found.final_losses.numpy().astype(np.float64), seed=params.seed)
     columns = {"sample_id": data.sample_ids, "confounder_loss": losses, "preference": seen, "posterior": separation.posterior}
     pq.write_table(pa.table(columns), folder / LOSSES, compression="zstd")
     told = {

@@ -190,7 +190,7 @@ def test_views_that_agree_or_know_nothing_of_each_other_show_no_reversal() -> No
 def test_a_poisoned_group_is_told_apart_without_its_rate() -> None:
     for poisoned in (30, 100, 300):
         losses, preferences = plane(poisoned)
-        found = separate(losses, preferences, seed=0)
+        found = separate(losses, preferences, losses, seed=0)
         truth = np.arange(900 + poisoned) >= 900
         assert found.separated
         assert ((found.posterior > 0.5) == truth).mean() > 0.98
@@ -200,9 +200,15 @@ def test_a_poisoned_group_is_told_apart_without_its_rate() -> None:
         assert measured["auroc"] > 0.99
 
 
+def test_a_confounder_that_learned_nothing_separates_nothing() -> None:
+    losses, preferences = plane(100)
+    assert separate(losses, preferences, np.full(1000, 0.6), seed=0).separated
+    assert separate(losses, preferences, np.full(1000, 2.3), seed=0).separated is False
+
+
 def test_nothing_separates_on_clean_samples_and_every_weight_stays_one() -> None:
     losses, preferences = plane(0)
-    found = separate(losses, preferences, seed=0)
+    found = separate(losses, preferences, losses, seed=0)
     assert found.separated is False
     assert not found.posterior.any()
 
@@ -210,12 +216,12 @@ def test_nothing_separates_on_clean_samples_and_every_weight_stays_one() -> None
 def test_mislabelled_samples_alone_do_not_separate() -> None:
     losses, preferences = plane(100)
     losses[900:] = np.exp(1 + 0.2 * np.random.default_rng(1).standard_normal(100))
-    assert separate(losses, preferences, seed=0).separated is False
+    assert separate(losses, preferences, losses, seed=0).separated is False
 
 
 def test_too_few_or_constant_samples_do_not_separate() -> None:
-    assert separate(np.ones(20), np.zeros(20), seed=0).separated is False
-    assert separate(np.ones(200), np.linspace(0, 1, 200), seed=0).separated is False
+    assert separate(np.ones(20), np.zeros(20), np.ones(20), seed=0).separated is False
+    assert separate(np.ones(200), np.linspace(0, 1, 200), np.ones(200), seed=0).separated is False
 
 
 def test_detection_is_unknown_without_both_kinds() -> None:
@@ -241,7 +247,8 @@ def test_plain_training_keeps_the_backdoor_and_the_defence_does_not(tmp_path: Pa
     common = {"num_classes": 4, "params": settings, "on_epoch": quiet}
     caught = train_confounder(images, labels, checkpoint=tmp_path / "b", **common)
     flown = train_pilot(images, labels, caught.losses, checkpoint=tmp_path / "p", **common)
-    found = separate(caught.losses.numpy().astype(float), flown.preferences.numpy().astype(float), seed=0)
+    seen = (caught.losses, flown.preferences, caught.final_losses)
+    found = separate(*(view.numpy().astype(float) for view in seen), seed=0)
     assert found.separated
     weights = torch.from_numpy(1 - found.posterior).float()
     defended = train_deconfounded(images, labels, Evidence(caught.model, caught.losses, weights), checkpoint=tmp_path / "c", **common)
