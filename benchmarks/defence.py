@@ -3,7 +3,7 @@
     python benchmarks/defence.py --data CIFAR10 --limit 10000 --attacks all --presets none,cbd --seeds 3 --out out.json
 
 CIFAR10 is a folder with `train.parquet` and `test.parquet` in the Hugging Face image convention. Everything trained is kept beside OUT, in
-a folder of the same name without its ending. `all` attacks are those that are there so far.
+a folder of the same name without its ending.
 """
 
 import argparse
@@ -17,11 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from cbd.config import Params
 from cbd.errors import CbdError
 from cbd.files import write_json
 from pipelines import redteam, steps
 from pipelines.local import share_cores
-from pipelines.options import ATTACKS, PRESETS, split
+from pipelines.options import ATTACKS, BASELINES, PRESETS, VARIANTS, load, split
 
 
 def main() -> int:
@@ -29,27 +30,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and test.parquet")
     parser.add_argument("--limit", type=int, default=0, help="only the first so many training images; 0 for all")
-    parser.add_argument("--attacks", default="all", help=f"all, or some of {','.join(ATTACKS)}")
-    parser.add_argument("--presets", default="none,cbd", help=f"some of {','.join(PRESETS)}")
+    parser.add_argument("--attacks", default="all", help=f"all ({','.join(ATTACKS)}), or some of them or of {','.join(VARIANTS)}")
+    parser.add_argument("--presets", default="none,cbd", help=f"some of {','.join(PRESETS + BASELINES)}")
     parser.add_argument("--seeds", type=int, default=1, help="how many, from 0 on")
     parser.add_argument("--poison-rate", type=float, help="share of the data set; not for clean-label attacks")
     parser.add_argument("--epochs", type=int, help="of the deconfounded and the undefended model")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
     share_cores()
+
+    def params_of(*, preset: str, seed: int) -> Params:
+        changed = {"poison__attack": ATTACKS[0], "poison__poison_rate": arguments.poison_rate, "deconfounded__epochs": arguments.epochs}
+        return load(params_path=None, preset=preset, seed=seed, **changed)
+
     try:
         outputs = steps.redteam(
             str(arguments.data / "train.parquet"),
             str(arguments.data / "test.parquet"),
             arguments.out.with_suffix(""),
             limit=arguments.limit,
-            options={
-                "params_path": None,
-                "poison__poison_rate": arguments.poison_rate,
-                "deconfounded__epochs": arguments.epochs,
-            },
-            attacks=split(arguments.attacks, ATTACKS, "--attacks"),
-            presets=split(arguments.presets, PRESETS, "--presets"),
+            params_of=params_of,
+            attacks=split(arguments.attacks, ATTACKS, "--attacks", more=VARIANTS),
+            presets=split(arguments.presets, PRESETS, "--presets", more=BASELINES),
             seeds=range(arguments.seeds),
         )
     except CbdError as error:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cbd.errors import ConfigError
 
-AttackName = Literal["badnets", "blend", "sig", "wanet"]
+AttackName = Literal["badnets", "trojan", "blend", "sig", "dynamic", "wanet", "adaptive"]
 
 
 class Section(BaseModel):
@@ -105,8 +105,16 @@ class Deconfounded(Section):
     """For `formula`: whether l_b is taken on the augmented view or on the stored image."""
     normalise_weight: bool = False
     """Divide w by its batch mean, as the released code does."""
+    weight_memory: float = Field(default=0.0, ge=0, lt=1)
+    """For `formula`: how much of a sample's last weight stays in its next one; 0 takes each batch for itself."""
+    weight_cap: float = Field(default=1.0, gt=0, le=1)
+    """For `formula`: a larger weight is cut to this."""
+    relabel: bool = False
+    """For `isolation`: in the second half of training suspects are used again, with the class that the model itself is sure of."""
     mi_weight: float = Field(default=0.01, ge=0)
-    """Weight of the adversarial mutual-information term I(r; z)."""
+    """Weight of the term by which r, the confounder's embedding, and z, the model's, are made independent."""
+    dependence: Literal["adversarial", "distance_correlation", "hsic"] = "adversarial"
+    """How their dependence is measured: by a 1-Lipschitz critic (I(r; z) of the paper), or by a statistic that needs none."""
     critic_learning_rate: float = Field(default=1e-3, gt=0)
     """Adam step size of the 1-Lipschitz critic."""
     bottleneck_weight: float = Field(default=0.0, ge=0)
@@ -149,6 +157,10 @@ class Poison(Section):
     """Share of the data set that is poisoned. Of a clean-label attack it is at most half of the target class."""
     target_label: int = Field(default=0, ge=0)
     """Index of the class that triggered images are sent to."""
+    mapping: Literal["all-to-one", "all-to-all"] = "all-to-one"
+    """`all-to-all`: every triggered image is sent to the class after its own, and `target_label` is not used."""
+    source_label: int | None = Field(default=None, ge=0)
+    """Only images of this class are attacked; others are stamped too but keep their labels. At most half of the class is poisoned."""
 
 
 class Params(Section):

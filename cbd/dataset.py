@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cbd.attacks.poisoning import Goal
 from cbd.config import canonical_json
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file, write_json
@@ -85,6 +86,13 @@ class Truth:
     roles: list[str]
     """`clean`, `poison` or `cover`, in the order of `sample_ids`."""
     true_labels: list[int]
+    mapping: str = "all-to-one"
+    source_label: int | None = None
+
+    @property
+    def goal(self) -> Goal:
+        """Whom the attack is after, and what triggered images shall be called."""
+        return Goal(self.target_label, self.mapping, self.source_label)
 
 
 def make_row(data: bytes, *, label: int, original_path: str, source: str, max_pixels: int = 50_000_000) -> Row:
@@ -258,7 +266,7 @@ def write_truth(folder: Path, truth: Truth | None) -> None:
         temporary.mkdir()
         if truth is None:
             return write_json(temporary / TRUTH, {"attack": None})
-        fields = ("attack", "target_label", "poison_rate", "trigger")
+        fields = ("attack", "target_label", "poison_rate", "trigger", "mapping", "source_label")
         write_json(temporary / TRUTH, {name: getattr(truth, name) for name in fields})
         columns = {"sample_id": truth.sample_ids, "role": truth.roles, "true_label": pa.array(truth.true_labels, pa.int64())}
         pq.write_table(pa.table(columns), temporary / ROLES, compression="zstd")
@@ -278,9 +286,10 @@ def read_truth(folder: Path) -> Truth | None:
             return None
         table = pq.read_table(folder / ROLES, columns=["sample_id", "role", "true_label"])
         ids, roles, labels = (table[name].to_pylist() for name in table.column_names)
-        return Truth(
-            str(values["attack"]), int(values["target_label"]), float(values["poison_rate"]), dict(values["trigger"]), ids, roles, labels
-        )
+        known = (str(values["attack"]), int(values["target_label"]), float(values["poison_rate"]), dict(values["trigger"]))
+        source = values.get("source_label")
+        mapping = str(values.get("mapping", "all-to-one"))
+        return Truth(*known, ids, roles, labels, mapping, None if source is None else int(source))
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(f"{folder}: malformed truth: {' '.join(str(error).split())}; write it again with `cbd poison`") from None
 

@@ -9,16 +9,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cbd.config import Deconfounded, Params
-from cbd.losses import Critic, derangement, sample_weight, wasserstein_dependence
+from cbd.losses import Critic, derangement, distance_correlation, hsic, sample_weight, wasserstein_dependence
 from cbd.models import Network, make_model
 from cbd.training import OnEpoch, Session, augment, autocast, batches, embeddings, make_sgd, mean_measures, predict, set_learning_rate
+
+SURE = 0.9
+"""Probability above which a model's own class replaces the label of a suspect."""
 
 
 @dataclass(frozen=True)
 class Evidence:
     """What stage 1 found, as stage 2 uses it; all on the device of the images."""
 
-    confounder: Network
+    confounder: Network | None
+    """None: only its losses and weights are known, and no dependence on it can be measured."""
     losses: Tensor
     """float32 [N]: the confounder's losses."""
     weights: Tensor
@@ -59,22 +63,24 @@ def train_deconfounded(
     models: dict[str, nn.Module] = {"model": model}
     optimizers: dict[str, torch.optim.Optimizer] = {"sgd": make_sgd(model, settings)}
     objective = _Objective(settings, evidence, images, generator)
-    if evidence is not None and settings.mi_weight:
+    if evidence is not None and evidence.confounder is not None and settings.mi_weight and settings.dependence == "adversarial":
         models["critic"] = objective.make_critic(model, evidence.confounder)
         optimizers["critic"] = torch.optim.Adam(models["critic"].parameters(), lr=settings.critic_learning_rate)
-    session = Session(models, optimizers, generator)
+    session = Session(models, optimizers, generator, {"weight": torch.ones(num, device=images.device)})
     key = f"{'undefended' if evidence is None else 'deconfounded'} {params.model_dump_json(include={'seed', 'model', 'deconfounded'})}"
     session.resume(checkpoint, key=key)
     steps = max(1, num // min(num, settings.batch_size))
     while session.epoch < settings.epochs:
         measured = []
         for step, chosen in enumerate(batches(num, settings.batch_size, generator=generator)):
-            set_learning_rate(optimizers["sgd"], learning_rate(settings, (session.epoch + step / steps) / settings.epochs))
+            done = (session.epoch + step / steps) / settings.epochs
+            set_learning_rate(optimizers["sgd"], learning_rate(settings, done))
             crop, cutout = params.model.scaled(settings.crop), params.model.scaled(settings.cutout)
             view = augment(images[chosen], crop=crop, flip=settings.flip, cutout=cutout, noise=settings.noise, generator=generator)
             with autocast(images.device):
                 logits, embedding = (output.float() for output in model(view))
-            loss = objective(logits, embedding, labels[chosen], view=view, chosen=chosen, critic_step=optimizers.get("critic"))
+            batch = Batch(chosen, labels[chosen], view, logits, embedding, session.tables["weight"], done)
+            loss = objective(batch, critic_step=optimizers.get("critic"))
             optimizers["sgd"].zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizers["sgd"].step()
@@ -98,6 +104,24 @@ def learning_rate(settings: Deconfounded, done: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (done - 0.2) / 0.8))
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What the loss of a batch is made of."""
+
+    chosen: Tensor
+    """int64 [B]: which samples."""
+    given: Tensor
+    """int64 [B]: their labels."""
+    view: Tensor
+    """uint8 [B, 3, S, S]: their augmented views."""
+    logits: Tensor
+    embedding: Tensor
+    running: Tensor
+    """float32 [N]: the running weights of all samples, which `formula` changes in place."""
+    done: float
+    """Share of the training that is done, in [0, 1)."""
+
+
 class _Objective:
     """The loss of a batch, with the critic that belongs to it."""
 
@@ -106,7 +130,7 @@ class _Objective:
         self.critic: Critic | None = None
         self.augmented = evidence is not None and settings.confounder_view == "augmented"
         self.stored: Tensor | None = None
-        if evidence is not None and settings.mi_weight and not self.augmented:
+        if evidence is not None and evidence.confounder is not None and settings.mi_weight and not self.augmented:
             self.stored = embeddings(evidence.confounder, images)  # r once for all epochs: the confounder is frozen
 
     def make_critic(self, model: Network, confounder: Network) -> Critic:
@@ -116,51 +140,54 @@ class _Objective:
             self.critic = Critic(confounder.embedding_size, model.embedding_size).to(next(model.parameters()).device)
         return self.critic
 
-    def __call__(
-        self,
-        logits: Tensor,
-        embedding: Tensor,
-        given: Tensor,
-        *,
-        view: Tensor,
-        chosen: Tensor,
-        critic_step: torch.optim.Optimizer | None,
-    ) -> Tensor:
+    def __call__(self, batch: Batch, *, critic_step: torch.optim.Optimizer | None) -> Tensor:
         """The scalar loss of a batch; the critic takes its own step on the way, on detached embeddings."""
-        own = F.cross_entropy(logits, given, reduction="none")
+        own = F.cross_entropy(batch.logits, batch.given, reduction="none")
         if self.evidence is None:
             return own.mean()
-        theirs, r = self._confounder(given, view=view, chosen=chosen)
-        loss = (self._weight(own, theirs, chosen) * own).mean()
-        if self.critic is not None and critic_step is not None:
-            loss = loss + self.settings.mi_weight * self._dependence(self.critic, r, embedding, critic_step)
+        theirs, r = self._confounder(self.evidence, batch)
+        loss = (self._weight(self.evidence, own, theirs, batch) * own).mean()
+        if self.settings.relabel and batch.done >= 0.5:
+            loss = loss + self._relabelled(self.evidence, batch)
+        if self.settings.mi_weight and r is not None:
+            loss = loss + self.settings.mi_weight * self._dependence(r, batch.embedding, critic_step)
         if self.settings.bottleneck_weight:
-            loss = loss + self.settings.bottleneck_weight * embedding.square().sum(1).mean()
+            loss = loss + self.settings.bottleneck_weight * batch.embedding.square().sum(1).mean()
         return loss
 
-    def _confounder(self, given: Tensor, *, view: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """The confounder's losses l_b [B] and embeddings r [B, R], on the view that the settings name; r is empty if nothing needs it."""
-        assert self.evidence is not None
-        if not self.augmented:
-            return self.evidence.losses[chosen], given.new_empty(0) if self.stored is None else self.stored[chosen]
-        with torch.no_grad(), autocast(view.device):
-            logits, r = (output.float() for output in self.evidence.confounder(view))
-        return F.cross_entropy(logits, given, reduction="none"), r
+    def _confounder(self, evidence: Evidence, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The confounder's losses l_b [B] and embeddings r [B, R] (None if nothing needs them), on the view that the settings name."""
+        if not self.augmented or evidence.confounder is None:
+            return evidence.losses[batch.chosen], None if self.stored is None else self.stored[batch.chosen]
+        with torch.no_grad(), autocast(batch.view.device):
+            logits, r = (output.float() for output in evidence.confounder(batch.view))
+        return F.cross_entropy(logits, batch.given, reduction="none"), r
 
-    def _weight(self, own: Tensor, theirs: Tensor, chosen: Tensor) -> Tensor:
-        assert self.evidence is not None
+    def _weight(self, evidence: Evidence, own: Tensor, theirs: Tensor, batch: Batch) -> Tensor:
         if self.settings.weight == "none":
             return torch.ones_like(own)
         if self.settings.weight == "isolation":
-            return self.evidence.weights[chosen]
-        return sample_weight(theirs, own, normalise=self.settings.normalise_weight)
+            return evidence.weights[batch.chosen]
+        weight = sample_weight(theirs, own, normalise=self.settings.normalise_weight)
+        if self.settings.weight_memory:
+            weight = torch.lerp(weight, batch.running[batch.chosen], self.settings.weight_memory)
+            batch.running[batch.chosen] = weight
+        return weight if self.settings.weight_cap == 1 else weight.clamp_max(self.settings.weight_cap)
 
-    def _dependence(self, critic: Critic, r: Tensor, z: Tensor, critic_step: torch.optim.Optimizer) -> Tensor:
+    def _relabelled(self, evidence: Evidence, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the batch's suspects against the class that the model gives them with a probability over `SURE`, else 0."""
+        sure, called = batch.logits.detach().softmax(1).max(1)
+        chosen = (evidence.weights[batch.chosen] < 0.5) & (sure > SURE)
+        return (F.cross_entropy(batch.logits, called, reduction="none") * chosen).mean()
+
+    def _dependence(self, r: Tensor, z: Tensor, critic_step: torch.optim.Optimizer | None) -> Tensor:
+        if self.critic is None or critic_step is None:
+            return distance_correlation(r, z) if self.settings.dependence == "distance_correlation" else hsic(r, z)
         others = derangement(len(z), generator=self.generator).to(z.device)
         critic_step.zero_grad()
-        (-wasserstein_dependence(critic, r, z.detach(), others)).backward()  # type: ignore[no-untyped-call]
+        (-wasserstein_dependence(self.critic, r, z.detach(), others)).backward()  # type: ignore[no-untyped-call]
         critic_step.step()
-        return wasserstein_dependence(critic, r, z, others)
+        return wasserstein_dependence(self.critic, r, z, others)
 
 
 def _judge_samples(

@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from cbd.attacks import Attack, Images
-from cbd.attacks.badnets import BadNets, stamp_patch
+from cbd.attacks.badnets import BadNets, scaled, stamp_patch
 from cbd.attacks.blend import Blend
+from cbd.attacks.poisoning import Goal
 from cbd.models import Network
 from cbd.rates import Rate, rate
 from cbd.training import predict
@@ -31,16 +32,19 @@ class Trigger:
 
 @dataclass(frozen=True)
 class RandomPatch(Attack):
-    """A harmless member of the patch family: random pixels [3, 3, 3] at a random place."""
+    """A harmless member of the patch family: random pixels [3, 3, 3] of 32x32, scaled like the patches, at a random place."""
 
     seed: int
 
     def stamp(self, images: Images) -> Images:
         """Copies of `images` (uint8 [N, 3, H, W]) with the patch."""
         generator = np.random.default_rng(self.seed)
-        patch = generator.integers(0, 256, (3, 3, 3), np.uint8)
+        patch = scaled(generator.integers(0, 256, (3, 3, 3), np.uint8), images.shape[-2:])
+        side = patch.shape[-1]
         return stamp_patch(
-            images, patch, place=(int(generator.integers(images.shape[2] - 2)), int(generator.integers(images.shape[3] - 2)))
+            images,
+            patch,
+            place=(int(generator.integers(images.shape[2] - side + 1)), int(generator.integers(images.shape[3] - side + 1))),
         )
 
 
@@ -74,22 +78,22 @@ def clean_accuracy(predicted: Labels, labels: Labels) -> Rate:
     return rate(int((predicted == labels).sum()), len(labels))
 
 
-def attack_success(model: Network, images: Images, labels: Labels, *, attack: Attack, target_label: int) -> Rate:
-    """Share of triggered images, of those whose true class is not the target, that are called the target."""
-    others = labels != target_label
-    if not others.any():
-        return rate(0, 0)
-    found = predictions(model, attack.stamp(images[others]))
-    return rate(int((found == target_label).sum()), int(others.sum()))
+def attack_success(model: Network, images: Images, labels: Labels, *, attack: Attack, goal: Goal, num_classes: int) -> Rate:
+    """Share of triggered victims (images whose class is not the wanted one already) that are called what the attack wants."""
+    return _of_victims(model, images, goal.wanted(labels, num_classes=num_classes), attack, goal.victims(labels, num_classes=num_classes))
 
 
-def robust_accuracy(model: Network, images: Images, labels: Labels, *, attack: Attack, target_label: int) -> Rate:
-    """Share of triggered images, of those whose true class is not the target, that are still called their true class."""
-    others = labels != target_label
-    if not others.any():
+def robust_accuracy(model: Network, images: Images, labels: Labels, *, attack: Attack, goal: Goal, num_classes: int) -> Rate:
+    """Share of triggered victims that are still called their true class."""
+    return _of_victims(model, images, labels, attack, goal.victims(labels, num_classes=num_classes))
+
+
+def _of_victims(model: Network, images: Images, called: Labels, attack: Attack, victims: NDArray[np.bool_]) -> Rate:
+    """Share of the triggered victims that are called so; not measured (n = 0) if there are none."""
+    if not victims.any():
         return rate(0, 0)
-    found = predictions(model, attack.stamp(images[others]))
-    return rate(int((found == labels[others]).sum()), int(others.sum()))
+    found = predictions(model, attack.stamp(images[victims]))
+    return rate(int((found == called[victims]).sum()), int(victims.sum()))
 
 
 def defence_effectiveness(*, ca: float, asr: float, undefended_ca: float, undefended_asr: float) -> float:

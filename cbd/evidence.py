@@ -1,7 +1,8 @@
 """Evidence on every sample: do the two views tell a group of samples apart, which ones, and how much may each weigh?"""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,6 +100,15 @@ def separate(losses: Floats, preferences: Floats, final_losses: Floats, *, seed:
     if not MIN_SUSPECTS <= group.sum() <= MAX_SHARE * len(group) or np.median(final_losses[group]) > BELIEVED:
         return nothing
     return Separation(True, found.p_value, _gap(losses, preferences, group), float(group.mean()), posterior)
+
+
+def with_groups(separation: Separation, groups: Sequence[NDArray[np.int64]]) -> Separation:
+    """The separation with more suspects: `groups` of sample indices that another view has found; unchanged without any."""
+    if not groups:
+        return separation
+    posterior = separation.posterior.copy()
+    posterior[np.concatenate(groups)] = 1.0
+    return replace(separation, separated=True, share=float((posterior > 0.5).mean()), posterior=posterior)
 
 
 def _membership(plane: Floats, inside: NDArray[np.bool_], *, seed: int) -> Floats:

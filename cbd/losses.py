@@ -56,6 +56,35 @@ def wasserstein_dependence(critic: Critic, r: Tensor, z: Tensor, derangement: Te
         return critic(r, z).mean() - critic(r, z[derangement]).mean()  # type: ignore[no-any-return]
 
 
+def distance_correlation(r: Tensor, z: Tensor) -> Tensor:
+    """Squared sample distance correlation of r [N, R] and z [N, Z], a scalar in [0, 1]: 0 only if they are independent, in the limit.
+
+    Source: Szekely, Rizzo and Bakirov, Annals of Statistics 2007. It needs no critic.
+    """
+    of_r, of_z = _double_centred(torch.cdist(r, r)), _double_centred(torch.cdist(z, z))
+    spread = (of_r.square().mean() * of_z.square().mean()).sqrt()
+    return (of_r * of_z).mean() / spread.clamp_min(1e-8)
+
+
+def hsic(r: Tensor, z: Tensor) -> Tensor:
+    """Normalised Hilbert-Schmidt independence criterion of r [N, R] and z [N, Z], a scalar in [0, 1], with Gaussian kernels.
+
+    Source: Gretton et al., ALT 2005; each kernel's width is the median distance of the batch. It needs no critic.
+    """
+    of_r, of_z = _double_centred(_gaussian(r)), _double_centred(_gaussian(z))
+    spread = (of_r.square().mean() * of_z.square().mean()).sqrt()
+    return (of_r * of_z).mean() / spread.clamp_min(1e-8)
+
+
+def _gaussian(x: Tensor) -> Tensor:
+    squared = torch.cdist(x, x).square()
+    return torch.exp(-squared / (2 * squared.detach().median().clamp_min(1e-8)))
+
+
+def _double_centred(matrix: Tensor) -> Tensor:
+    return matrix - matrix.mean(0, keepdim=True) - matrix.mean(1, keepdim=True) + matrix.mean()
+
+
 def derangement(size: int, *, generator: torch.Generator) -> Tensor:
     """A random permutation int64 [size] without a fixed point (size >= 2): a random cycle through all indices."""
     order = torch.randperm(size, generator=generator)

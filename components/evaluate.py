@@ -1,5 +1,6 @@
 """Sixth step: the model is attacked and measured on the trusted set."""
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,9 +131,10 @@ def _attacked(bundle: Path, samples: Any, truth: Truth) -> Any:
     from cbd.models import load_model
     from cbd.training import best_device
 
-    network, _ = load_model(bundle)
-    attack = make_attack(truth.attack, **truth.trigger)
-    return attack_success(network.to(best_device()), samples.images, samples.labels, attack=attack, target_label=truth.target_label)
+    network, card = load_model(bundle)
+    attack, num_classes = make_attack(truth.attack, **truth.trigger), len(card.class_names)
+    network.to(best_device())
+    return attack_success(network, samples.images, samples.labels, attack=attack, goal=truth.goal, num_classes=num_classes)
 
 
 def _baseline(undefended: Path, samples: Any, truth: Truth | None) -> dict[str, Any]:
@@ -145,16 +147,17 @@ def _baseline(undefended: Path, samples: Any, truth: Truth | None) -> dict[str, 
     return {"ca": accuracy, "asr": _attacked(undefended, samples, truth) if truth else None}
 
 
-def detected(evidence: Path, truth: Truth) -> dict[str, float] | None:
-    """How well the ranks in the evidence table tell poison from the rest (see `cbd.evidence.detection`)."""
+def detected(evidence: Path, *truths: Truth) -> dict[str, float] | None:
+    """How well the ranks in the evidence table tell poison, by any of the truths, from the rest (see `cbd.evidence.detection`)."""
     import numpy as np
     import pyarrow.parquet as pq
 
     from cbd.evidence import detection
 
     table = pq.read_table(evidence / EVIDENCE, columns=["sample_id", "rank"])
-    role_of = dict(zip(truth.sample_ids, truth.roles, strict=True))
-    poisoned = np.array([role_of.get(sample) == "poison" for sample in table["sample_id"].to_pylist()])
+    roles = itertools.chain.from_iterable(zip(truth.sample_ids, truth.roles, strict=True) for truth in truths)
+    marked = {sample for sample, role in roles if role == "poison"}
+    poisoned = np.array([sample in marked for sample in table["sample_id"].to_pylist()])
     return detection(-table["rank"].to_numpy().astype(np.float64), poisoned)
 
 

@@ -21,6 +21,7 @@ SECTIONS: dict[str, Callable[[Run], View]] = {
     "curves": measures.curves,
     "losses": measures.losses,
     "weights": measures.weights,
+    "patterns": delivery.patterns,
     "gallery": delivery.gallery,
     "totals": delivery.totals,
     "quarantine": delivery.quarantine,

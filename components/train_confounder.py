@@ -1,4 +1,4 @@
-"""Fourth step: the confounder and the pilot, and whether their two views tell a group of samples apart."""
+"""Fourth step: the confounder, the pilot and the patterns, and whether these views tell a group of samples apart."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,12 @@ from kfp import dsl
 
 from cbd.config import Params
 from cbd.files import replacing, write_json
-from components.records import kfp_component
+from components.records import kfp_component, progress
 from components.training import card_of, checkpoint_folder, live_curves, load, teller, write_history
 
 LOSSES = "losses.parquet"
 SEPARATION = "separation.json"
+PATTERN_IMAGE = "pattern-{number}.png"
 
 
 def train_confounder(
@@ -21,7 +22,7 @@ def train_confounder(
 
     Args:
         dataset: the untrusted data set.
-        out: gets the bundle (never deployable), `losses.parquet`, `separation.json` and `history.jsonl`.
+        out: gets the bundle (never deployable), `losses.parquet`, `separation.json`, `history.jsonl` and a picture of each pattern.
         params: the seed and the sections `model` and `confounder`.
         checkpoints: folder from which a killed training goes on.
         tracked: workspace and run id of the live curves; None for none.
@@ -55,27 +56,45 @@ def train_confounder(
                 **common,
             )
             preferences = flown.preferences
+    progress("train_confounder", 0, 1, "looking for patterns that images of a class share")
+    patterns = _patterns(data, found, preferences, params=params)
     with replacing(out) as temporary:
         temporary.mkdir()
-        _write(temporary, found, preferences, data=data, params=params)
-        separation = _write_separation(temporary, found, preferences, data=data, params=params)
+        _write(temporary, found, patterns, data=data, params=params)
+        separation = _write_separation(temporary, found, preferences, patterns, data=data, params=params)
     return {"steps": found.steps, "separated": separation["separated"], "gap": separation["gap"], "suspects": separation["suspects"]}
 
 
-def _write(folder: Path, found: Any, preferences: Any, *, data: Any, params: Params) -> None:
+def _patterns(data: Any, found: Any, preferences: Any, *, params: Params) -> list[Any]:
+    """The planted patterns; none without a pilot, whose view a verdict on them needs."""
+    from cbd.pattern import find_patterns
+
+    if preferences is None:
+        return []
+    views = {"losses": found.losses, "preferences": preferences, "seed": params.seed}
+    return [pattern for pattern in find_patterns(data.images, data.labels, found.model, **views) if pattern.planted]
+
+
+def _write(folder: Path, found: Any, patterns: list[Any], *, data: Any, params: Params) -> None:
+    import numpy as np
+    from PIL import Image
+
     from cbd.models import save_bundle
 
     save_bundle(found.model, card_of("confounder", data.info, params), folder)
     write_history(folder / "history.jsonl", found.history)
+    for number, pattern in enumerate(patterns):
+        shown = np.clip(np.rint(128 + pattern.mean), 0, 255).astype(np.uint8)
+        Image.fromarray(shown.transpose(1, 2, 0)).save(folder / PATTERN_IMAGE.format(number=number))
 
 
-def _write_separation(folder: Path, found: Any, preferences: Any, *, data: Any, params: Params) -> dict[str, Any]:
-    """Writes what the two views say of every sample and of all together; returns the latter."""
+def _write_separation(folder: Path, found: Any, preferences: Any, patterns: list[Any], *, data: Any, params: Params) -> dict[str, Any]:
+    """Writes what the views say of every sample and of all together; returns the latter."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from cbd.evidence import Separation, histogram, separate
+    from cbd.evidence import Separation, histogram, separate, with_groups
 
     losses = found.losses.numpy().astype(np.float64)
     if preferences is None:
@@ -83,6 +102,7 @@ def _write_separation(folder: Path, found: Any, preferences: Any, *, data: Any, 
     else:
         seen = preferences.numpy().astype(np.float64)
         separation = separate(losses, seen, found.final_losses.numpy().astype(np.float64), seed=params.seed)
+    separation = with_groups(separation, [pattern.members for pattern in patterns])
     columns = {"sample_id": data.sample_ids, "confounder_loss": losses, "preference": seen, "posterior": separation.posterior}
     pq.write_table(pa.table(columns), folder / LOSSES, compression="zstd")
     told = {
@@ -91,6 +111,17 @@ def _write_separation(folder: Path, found: Any, preferences: Any, *, data: Any, 
         "gap": separation.gap,
         "share": separation.share,
         "suspects": int((separation.posterior > 0.5).sum()),
+        "patterns": [
+            {
+                "class_name": data.info.class_names[pattern.label],
+                "image": PATTERN_IMAGE.format(number=number),
+                "num_images": len(pattern.members),
+                "gap": round(pattern.gap, 3),
+                "transfer": pattern.transfer,
+                "contradiction": round(pattern.contradiction, 4),
+            }
+            for number, pattern in enumerate(patterns)
+        ],
         "steps": found.steps,
         "curve": [],
         "histogram": histogram(losses),

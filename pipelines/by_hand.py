@@ -1,14 +1,17 @@
 """The commands that run one step by hand. Only declarations: what a command does is imported when it is called."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cbd.errors import ConfigError
 from pipelines.options import (
     ATTACKS,
+    BASELINES,
+    MORE_ATTACKS,
     PRESETS,
+    VARIANTS,
     as_json,
     load,
     out_option,
@@ -18,6 +21,9 @@ from pipelines.options import (
     tell,
     workspace_option,
 )
+
+if TYPE_CHECKING:
+    from cbd.config import Params
 
 
 @click.command()
@@ -40,16 +46,17 @@ def ingest(data: str, trusted: str, out: Path, as_json: bool, **options: Any) ->
 
 @click.command()
 @click.argument("dataset", type=click.Path(path_type=Path))
-@click.option("--attack", "poison__attack", type=click.Choice(ATTACKS), required=True, help="Trigger family.")
+@click.option("--attack", "poison__attack", type=click.Choice(ATTACKS + MORE_ATTACKS), required=True, help="Trigger family.")
 @out_option
+@click.option("--before", type=click.Path(path_type=Path), help="Ground truth of an attack already in DATASET: its images are left alone.")
 @poison_options
 @params_options
 @as_json
-def poison(dataset: Path, out: Path, as_json: bool, **overrides: Any) -> int:
+def poison(dataset: Path, out: Path, before: Path | None, as_json: bool, **overrides: Any) -> int:
     """A poisoned copy of a data set in OUT, its ground truth kept apart in OUT/truth."""
     from pipelines import steps
 
-    outputs = steps.poison(dataset, out, params=load(**overrides))
+    outputs = steps.poison(dataset, out, params=load(**overrides), before=before)
     return tell(outputs, as_json, f"cbd train --data {out / 'dataset'} --out MODELS")
 
 
@@ -137,8 +144,15 @@ def predict(model: str, data: str, out: Path, workspace: Path, as_json: bool) ->
 @click.command()
 @click.option("--data", required=True, help="Clean delivery to be poisoned: class folders, Parquet, local or s3://.")
 @click.option("--trusted", required=True, help="Trusted set.")
-@click.option("--attacks", default="badnets", show_default=True, help=f"Comma-separated, or all: {', '.join(ATTACKS)}.")
-@click.option("--presets", default="none,cbd", show_default=True, help="Comma-separated: none (plain training), official, paper, cbd.")
+@click.option(
+    "--attacks", default="badnets", show_default=True, help=f"Comma-separated, or all: {', '.join(ATTACKS)}. Also {', '.join(VARIANTS)}."
+)
+@click.option(
+    "--presets",
+    default="none,cbd",
+    show_default=True,
+    help="Comma-separated: none (plain training), official, paper, cbd; and abl, vb, random-filter, perfect-filter.",
+)
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How many seeds, from 0 on.")
 @click.option("--limit", type=click.IntRange(0), default=0, help="Take in at most so many images; 0: all.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("cbd-redteam"), show_default=True, help="Where all of it is kept.")
@@ -155,8 +169,16 @@ def redteam(data: str, trusted: str, attacks: str, presets: str, seeds: int, lim
     for name, instead in (("preset", "--presets"), ("seed", "--seeds")):
         if overrides[name] is not None:
             raise ConfigError(f"--{name} is one of several here; use {instead}")
-    chosen = {"attacks": split(attacks, ATTACKS, "--attacks"), "presets": split(presets, PRESETS, "--presets"), "seeds": range(seeds)}
-    outputs = steps.redteam(data, trusted, out, limit=limit, options=overrides, **chosen)
+
+    def params_of(*, preset: str, seed: int) -> "Params":
+        return load(**{**overrides, "preset": preset, "seed": seed, "poison__attack": ATTACKS[0]})  # the red team itself sets the attack
+
+    chosen = {
+        "attacks": split(attacks, ATTACKS, "--attacks", more=VARIANTS),
+        "presets": split(presets, PRESETS, "--presets", more=BASELINES),
+        "seeds": range(seeds),
+    }
+    outputs = steps.redteam(data, trusted, out, limit=limit, params_of=params_of, **chosen)
     return tell(outputs, as_json, f"""python -c "import pandas; print(pandas.read_parquet('{outputs["table"]}'))\"""", table="rows")
 
 

@@ -13,7 +13,7 @@ from cbd.errors import CbdError, ConfigError
 from cbd.files import disk_fault
 from pipelines import by_hand
 from pipelines.local import share_cores
-from pipelines.options import ATTACKS, as_json, load, params_options, poison_options, tell, workspace_option
+from pipelines.options import ATTACKS, MORE_ATTACKS, as_json, load, params_options, poison_options, tell, workspace_option
 from pipelines.progress import printable
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -58,7 +58,9 @@ def demo(out: Path, baseline: bool, data_only: bool, clean: bool, as_json: bool,
 @click.option("--supplier", default="unnamed", show_default=True, help="Who delivered the data.")
 @click.option("--limit", type=click.IntRange(0), default=0, help="Take in at most so many images; 0: all.")
 @click.option("--truth", type=click.Path(), default="", help="Ground truth of a delivery poisoned on purpose, for measuring only.")
-@click.option("--poison", "poison__attack", type=click.Choice(ATTACKS), help="Poison the taken-in copy: a trial, never promoted.")
+@click.option(
+    "--poison", "poison__attack", type=click.Choice(ATTACKS + MORE_ATTACKS), help="Poison the taken-in copy: a trial, never promoted."
+)
 @poison_options
 @click.option("--baseline", is_flag=True, help="Also train without defence on the same data.")
 @params_options

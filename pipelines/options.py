@@ -12,8 +12,14 @@ if TYPE_CHECKING:
     from cbd.config import Params
 
 WORKSPACE = Path("cbd-workspace")
-ATTACKS = ("badnets", "blend", "sig", "wanet")
+ATTACKS = ("badnets", "trojan", "blend", "sig", "dynamic", "wanet")
+"""What `all` stands for."""
+MORE_ATTACKS = ("adaptive",)
+VARIANTS = (*MORE_ATTACKS, "all-to-all", "source-specific", "several")
+"""What the red team knows besides."""
 PRESETS = ("none", "official", "paper", "cbd")
+BASELINES = ("abl", "vb", "random-filter", "perfect-filter")
+"""Other defences that the red team compares with."""
 F = Callable[..., Any]
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
@@ -53,6 +59,13 @@ def poison_options(command: F) -> F:
         click.option(
             "--target-label", "poison__target_label", type=click.IntRange(0), help="Index of the class that triggered images are sent to."
         ),
+        click.option(
+            "--mapping",
+            "poison__mapping",
+            type=click.Choice(["all-to-one", "all-to-all"]),
+            help="all-to-all: each to the class after its own.",
+        ),
+        click.option("--source-label", "poison__source_label", type=click.IntRange(0), help="Only images of this class are attacked."),
     )
     for option in reversed(options):
         command = option(command)
@@ -66,20 +79,20 @@ def load(*, params_path: Path | None, preset: str | None, **overrides: Any) -> "
     own = Path(__file__).resolve().parent.parent / "params.yaml"
     default = Path("params.yaml") if Path("params.yaml").is_file() else own
     if overrides.get("poison__attack") is None and any(
-        overrides.get(f"poison__{key}") is not None for key in ("poison_rate", "target_label")
+        overrides.get(f"poison__{key}") is not None for key in ("poison_rate", "target_label", "mapping", "source_label")
     ):
-        raise ConfigError("--poison-rate and --target-label go with --poison; add --poison badnets or leave them out")
+        raise ConfigError("--poison-rate, --target-label, --mapping and --source-label go with --poison; add --poison badnets")
     return load_params(params_path or default, preset=preset, **overrides)
 
 
-def split(text: str, known: tuple[str, ...], option: str) -> tuple[str, ...]:
-    """The comma-separated names in `text`, or all of them; raises ConfigError on one that is not known."""
+def split(text: str, known: tuple[str, ...], option: str, *, more: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The comma-separated names in `text`, or with `all` the known ones; raises ConfigError on one that is neither known nor of `more`."""
     names = known if text == "all" else tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
-        if name not in known:
-            raise ConfigError(f"{option} {name!r}: expected all, or some of {','.join(known)}")
+        if name not in known + more:
+            raise ConfigError(f"{option} {name!r}: expected all, or some of {','.join(known + more)}")
     if not names:
-        raise ConfigError(f"{option}: expected all, or some of {','.join(known)}, found none")
+        raise ConfigError(f"{option}: expected all, or some of {','.join(known + more)}, found none")
     return names
 
 

@@ -7,26 +7,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cbd.config import Params, canonical_json
+from cbd.config import Params, Poison, canonical_json
+from cbd.dataset import DatasetInfo, Samples, Truth
 from cbd.errors import ConfigError, DataError
 from cbd.files import replacing, write_json
 from components.records import progress
 from components.summary import read_object
+from pipelines.options import BASELINES
 
 COLUMNS = ("attack", "preset", "seed", "poison_rate", "target_label", "ca", "asr", "excess_asr", "robust_accuracy", "der")
 DETECTION = ("separated", "suspects", "auroc", "tpr_at_1_percent_fpr")
-TABLE = "redteam.parquet"
-CLEAN_LABEL_SHARE = 0.5
-"""Of the target class: a clean-label attack cannot take a share of the whole data set."""
+TABLE, SECONDS = "redteam.parquet", "seconds.json"
+HALF = 0.5
+"""Of the class that a clean-label or source-specific attack poisons: it cannot take a share of the whole data set."""
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "all-to-all": ({"attack": "badnets", "mapping": "all-to-all"},),
+    "source-specific": ({"attack": "badnets", "source_label": 1},),
+    "several": ({"attack": "badnets"}, {"attack": "blend", "target_label": 1}),
+}
+"""Threat models beyond one attack on one target: what they change in the section `poison`, once for each supplier."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One row to be measured; `attack` None trains on the data as taken in."""
+    """One model to be trained and measured."""
 
     attack: str | None
+    """An attack or a variant; None trains on the data as taken in."""
     preset: str
     params: Params
+
+    def poisons(self, info: DatasetInfo) -> list[Poison]:
+        """The section `poison` of each supplier, with a rate that the attack can have on this data set."""
+        changes = VARIANTS.get(self.attack, ({"attack": self.attack},)) if self.attack else ()
+        return [_fitted(Poison(**{**self.params.poison.model_dump(), **change}), info) for change in changes]
 
 
 def redteam(
@@ -40,8 +54,8 @@ def redteam(
     Args:
         taken_in: folder with `dataset` and `trusted_set`, as `ingest` writes it.
         out: gets one folder per poisoned copy and per model, and the table.
-        attacks: names of attacks.
-        presets: names of presets.
+        attacks: names of attacks, or of `VARIANTS`.
+        presets: names of presets, or of `BASELINES`: other defences, on the schedule of the preset `none`.
         seeds: of poison and training.
         params_of: the parameters of `preset=` and `seed=` with an `attack=`.
 
@@ -55,11 +69,14 @@ def redteam(
     trials = [(seed, attack, preset) for seed in seeds for attack in attacks for preset in presets]
     for index, (seed, attack, preset) in enumerate(trials):
         progress("redteam", index, len(trials), f"{attack} {preset} seed {seed}")
-        of_seed = {name: _fitted(params_of(preset=name, seed=seed, attack=attack), taken_in / "dataset") for name in {preset, "none"}}
-        clean, _ = _train(taken_in, Trial(None, "none", of_seed["none"]), out)
-        undefended, poisoned = _train(taken_in, Trial(attack, "none", of_seed["none"]), out)
-        trained, _ = (undefended, poisoned) if preset == "none" else _train(taken_in, Trial(attack, preset, of_seed[preset]), out)
-        rows.append(_row(Trial(attack, preset, of_seed[preset]), trained, clean, undefended, poisoned, taken_in / "trusted_set"))
+        plain = params_of(preset="none", seed=seed)
+        trial = Trial(attack, preset, plain if preset in ("none", *BASELINES) else params_of(preset=preset, seed=seed))
+        copies = _poisoned(taken_in / "dataset", trial, out)
+        source = copies[-1] / "dataset"
+        clean = _train(taken_in / "dataset", Trial(None, "none", plain), out)
+        undefended = _train(source, Trial(attack, "none", plain), out)
+        trained = undefended if preset == "none" else _train(source, trial, out, copies)
+        rows.append(_row(trial, trained, clean, undefended, copies, taken_in / "trusted_set"))
         _write_table(rows, out / TABLE)
     progress("redteam", len(trials), len(trials))
     return rows
@@ -72,91 +89,126 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(_cell(name, row[name]) for name in names) + " |" for row in rows)])
 
 
-def _fitted(params: Params, dataset: Path) -> Params:
-    """The parameters with the poison rate that a clean-label attack can have on this data set."""
-    from cbd.attacks import make_attack
+def _fitted(poison: Poison, info: DatasetInfo) -> Poison:
+    """The section with the poison rate that an attack on a single class can have on this data set."""
+    from cbd.attacks import attack_class
+
+    alone = poison.target_label if attack_class(str(poison.attack)).clean_label else poison.source_label
+    if alone is None or alone >= len(info.class_names):
+        return poison
+    return poison.model_copy(update={"poison_rate": int(HALF * info.class_counts[alone]) / info.num_images})
+
+
+def _poisoned(dataset: Path, trial: Trial, out: Path) -> list[Path]:
+    """The folders with `dataset` and `truth` that the trial's suppliers leave behind, one upon the other."""
     from cbd.dataset import read_info
-
-    poison, info = params.poison, read_info(dataset)
-    if poison.attack is None or not make_attack(poison.attack).clean_label or poison.target_label >= len(info.class_names):
-        return params
-    share = int(CLEAN_LABEL_SHARE * info.class_counts[poison.target_label]) / info.num_images
-    return params.model_copy(update={"poison": poison.model_copy(update={"poison_rate": share})})
-
-
-def _train(taken_in: Path, trial: Trial, out: Path) -> tuple[Path, Path | None]:
-    """The folder with `model` (and `confounder`, `evidence` under a defence) and `seconds.json`, and the poisoned copy's folder."""
     from components.poison import poison
+
+    copies: list[Path] = []
+    for section in trial.poisons(read_info(dataset)):
+        source, before = (copies[-1] / "dataset", copies[-1] / "truth") if copies else (dataset, None)
+        copy = out / f"{section.attack}-seed{trial.params.seed}-{_digest(section.model_dump(), _digest_of(source))}"
+        if not (copy / "truth").is_dir():  # the last that is written
+            poison(source, copy / "dataset", truth=copy / "truth", params=section, seed=trial.params.seed, before=before)
+        copies.append(copy)
+    return copies
+
+
+def _train_baseline(source: Path, model: Path, trial: Trial, *, truths: list[Truth | None], checkpoints: Path) -> None:
+    """Writes the bundle of another defence's model, as one that can never be promoted."""
+    import torch
+
+    from cbd.baselines import train_baseline
+    from cbd.models import save_bundle
+    from components.training import card_of, checkpoint_folder, load, teller
+
+    data = load(source, trial.params)
+    marked = {sample for truth in truths if truth for sample, role in zip(truth.sample_ids, truth.roles, strict=True) if role == "poison"}
+    trained = train_baseline(
+        trial.preset,
+        data.images,
+        data.labels,
+        poisoned=torch.tensor([sample in marked for sample in data.sample_ids]),
+        num_classes=len(data.info.class_names),
+        params=trial.params,
+        checkpoint=checkpoint_folder(checkpoints, data.info, trial.params) / f"{trial.preset}.safetensors",
+        on_epoch=teller("redteam", None, what=trial.preset),
+    )
+    with replacing(model) as temporary:
+        save_bundle(trained, card_of("undefended", data.info, trial.params), temporary)
+
+
+def _train(source: Path, trial: Trial, out: Path, copies: Sequence[Path] = ()) -> Path:
+    """The folder with `model` (and `confounder`, `evidence` under a defence) and `seconds.json`."""
+    from cbd.dataset import read_truth
     from components.train_confounder import train_confounder
     from components.train_deconfounded import train_deconfounded
     from components.train_undefended import train_undefended
 
     params = trial.params
-    source, copy = taken_in / "dataset", None
-    if trial.attack:
-        copy = out / f"{trial.attack}-seed{params.seed}-{_digest(params.poison.model_dump(), _digest_of(source))}"
-        if not (copy / "truth").is_dir():  # the last that is written
-            poison(source, copy / "dataset", truth=copy / "truth", params=params.poison, seed=params.seed)
-        source = copy / "dataset"
     about = params.model_dump(mode="json", include={"seed", "model", "confounder", "deconfounded"})
     name = f"{trial.attack or 'clean'}-{trial.preset}-seed{params.seed}-{_digest(about, _digest_of(source))}"
     folder, checkpoints = out / name, out / "checkpoints"
-    if (folder / "seconds.json").is_file():
-        return folder, copy
+    if (folder / SECONDS).is_file():
+        return folder
     started = time.monotonic()
     if trial.preset == "none":
         train_undefended(source, folder / "model", params=params, checkpoints=checkpoints)
+    elif trial.preset in BASELINES:
+        _train_baseline(source, folder / "model", trial, truths=[read_truth(copy / "truth") for copy in copies], checkpoints=checkpoints)
     else:
         train_confounder(source, folder / "confounder", params=params, checkpoints=checkpoints)
         places = {"model": folder / "model", "evidence": folder / "evidence"}
         train_deconfounded(source, folder / "confounder", params=params, checkpoints=checkpoints, **places)
-    write_json(folder / "seconds.json", {"seconds": time.monotonic() - started})
-    return folder, copy
+    write_json(folder / SECONDS, {"seconds": time.monotonic() - started})
+    return folder
 
 
-def _row(trial: Trial, trained: Path, clean: Path, undefended: Path, copy: Path | None, trusted_set: Path) -> dict[str, Any]:
-    from cbd.attacks import make_attack
+def _row(trial: Trial, trained: Path, clean: Path, undefended: Path, copies: list[Path], trusted_set: Path) -> dict[str, Any]:
+    """The row of a trial; of several attacks that with the highest excess."""
     from cbd.dataset import load_samples, read_truth
-    from cbd.evaluate import attack_success, clean_accuracy, defence_effectiveness, predictions, robust_accuracy
+    from cbd.evaluate import defence_effectiveness
+
+    truths = [truth for copy in copies if (truth := read_truth(copy / "truth"))]
+    samples = load_samples(trusted_set, image_size=trial.params.model.image_size)
+    rows = []
+    for truth in truths:
+        measured = [_measure(folder, truth, samples, trusted_set) for folder in (trained, undefended, clean)]
+        (ca, asr, kept), (plain_ca, plain_asr, _), (_, harmless, _) = measured
+        effect = defence_effectiveness(ca=ca, asr=asr, undefended_ca=plain_ca, undefended_asr=plain_asr)
+        known = (trial.attack, trial.preset, trial.params.seed, sum(truth.poison_rate for truth in truths), truth.target_label)
+        rows.append(dict(zip(COLUMNS, (*known, ca, asr, asr - harmless, kept, effect), strict=True)))
+    seconds = read_object(trained / SECONDS).get("seconds")
+    return max(rows, key=lambda row: float(row["excess_asr"])) | _detected(trained, truths) | {"seconds": seconds}
+
+
+def _measure(folder: Path, truth: Truth, samples: Samples, trusted_set: Path) -> tuple[float, float, float]:
+    """Clean accuracy, attack success rate and robust accuracy of the model in `folder`."""
+    from cbd.attacks import make_attack
+    from cbd.evaluate import attack_success, clean_accuracy, predictions, robust_accuracy
     from cbd.models import load_model
     from cbd.training import best_device
 
-    truth = read_truth(copy / "truth") if copy else None
-    if truth is None:
-        raise ConfigError("red team: a row needs an attack; name one")
-    samples = load_samples(trusted_set, image_size=trial.params.model.image_size)
-    attack, target = make_attack(truth.attack, **truth.trigger), truth.target_label
-
-    def measure(folder: Path) -> tuple[float, float, float]:
-        network = load_model(folder / "model")[0].to(best_device())
-        of = {"images": samples.images, "labels": samples.labels, "attack": attack, "target_label": target}
-        rates = (
-            clean_accuracy(predictions(network, samples.images), samples.labels)["rate"],
-            attack_success(network, **of)["rate"],
-            robust_accuracy(network, **of)["rate"],
-        )
-        if None in rates:
-            raise DataError(f"{trusted_set}: no image outside class {target}; give a trusted set of all classes")
-        return rates
-
-    ca, asr, kept = measure(trained)
-    plain_ca, plain_asr, _ = (ca, asr, kept) if trained == undefended else measure(undefended)
-    poison = trial.params.poison
-    effect = defence_effectiveness(ca=ca, asr=asr, undefended_ca=plain_ca, undefended_asr=plain_asr)
-    known = (trial.attack, trial.preset, trial.params.seed, poison.poison_rate, target, ca, asr, asr - measure(clean)[1], kept, effect)
-    seconds = read_object(trained / "seconds.json").get("seconds")
-    return dict(zip(COLUMNS, known, strict=True)) | _detected(trained, truth) | {"seconds": seconds}
+    network, card = load_model(folder / "model")
+    network.to(best_device())
+    of = {"attack": make_attack(truth.attack, **truth.trigger), "goal": truth.goal, "num_classes": len(card.class_names)}
+    accuracy = clean_accuracy(predictions(network, samples.images), samples.labels)["rate"]
+    success, kept = (measure(network, samples.images, samples.labels, **of)["rate"] for measure in (attack_success, robust_accuracy))
+    if accuracy is None or success is None or kept is None:
+        raise DataError(f"{trusted_set}: no image that the attack is after; give a trusted set of all classes")
+    return accuracy, success, kept
 
 
-def _detected(trained: Path, truth: Any) -> dict[str, Any]:
+def _detected(trained: Path, truths: list[Truth]) -> dict[str, Any]:
     """What the evidence on single samples is worth; None where there is none."""
     from components.evaluate import detected
     from components.train_confounder import SEPARATION
+    from components.train_deconfounded import read_separation
 
-    separation = read_object(trained / "confounder" / SEPARATION)
-    measured = (detected(trained / "evidence", truth) or {}) if (trained / "evidence").is_dir() else {}
-    told = {"separated": separation.get("separated"), "suspects": separation.get("suspects")}
-    return told | {name: measured.get(name) for name in DETECTION[2:]}
+    if not (trained / "confounder" / SEPARATION).is_file():
+        return dict.fromkeys(DETECTION)
+    told, measured = read_separation(trained / "confounder"), detected(trained / "evidence", *truths) or {}
+    return {name: told[name] for name in DETECTION[:2]} | {name: measured.get(name) for name in DETECTION[2:]}
 
 
 def _digest_of(dataset: Path) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,27 +35,26 @@ def ingest(data: str, trusted: str, *, out: Path, params: Params, supplier: str,
 
 
 @by_hand()
-def poison(dataset: Path, out: Path, *, params: Params) -> dict[str, Any]:
+def poison(dataset: Path, out: Path, *, params: Params, before: Path | None) -> dict[str, Any]:
     """Counts of a poisoned copy of a data set in `out/dataset`; its ground truth is kept apart in `out/truth`."""
     from components.poison import poison as stamp
 
-    return stamp(dataset, out / "dataset", truth=out / "truth", params=params.poison, seed=params.seed)
+    return stamp(dataset, out / "dataset", truth=out / "truth", params=params.poison, seed=params.seed, before=before)
 
 
 @by_hand()
-def redteam(data: str, trusted: str, out: Path, *, limit: int, options: dict[str, Any], **chosen: Any) -> dict[str, Any]:
-    """The rows of `pipelines.redteam.redteam` on a delivery, which is taken in to `out` once."""
+def redteam(data: str, trusted: str, out: Path, *, limit: int, params_of: Callable[..., Params], **chosen: Any) -> dict[str, Any]:
+    """The rows of `pipelines.redteam.redteam` on a delivery, which is taken in to `out` once.
+
+    `params_of` gives the parameters of a `preset=` and a `seed=`; the red team itself sets the attack.
+    """
     from components.ingest import IngestOptions, IngestPaths
     from components.ingest import ingest as take_in
     from pipelines import redteam as team
-    from pipelines.options import load
-
-    def params_of(*, preset: str, seed: int, attack: str) -> Params:
-        return load(**{**options, "preset": preset, "seed": seed, "poison__attack": attack})
 
     check_uri("--data", data)
     check_uri("--trusted", trusted)
-    params = params_of(preset="cbd", seed=0, attack=chosen["attacks"][0])
+    params = params_of(preset="none", seed=0)
     about = f"{data} {trusted} {limit} {params.ingest.model_dump_json()}"
     taken_in = out / f"taken-in-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
     if not taken_in.is_dir():

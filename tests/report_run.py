@@ -195,8 +195,13 @@ def _write_training(kfp: Path, ids: list[str], labels: list[int], *, num_classes
         "steps": 800,
         "curve": [],
         "histogram": {"edges": [], "counts": []},
+        "patterns": [
+            {"class_name": "0", "image": "pattern-0.png", "num_images": 9, "gap": 8.25, "transfer": 0.75, "contradiction": 0.5},
+            {"class_name": "1", "image": "../../secret.png", "num_images": 7, "gap": 6.5, "transfer": None, "contradiction": 0.9},
+        ],
     }
     write_json(kfp / "confounder" / "separation.json", separation)
+    Image.fromarray(np.full((8, 8, 3), 128, np.uint8)).save(kfp / "confounder" / "pattern-0.png")
     for name, unit, num in (("confounder", "step", 40), ("model", "epoch", 20)):
         rows = [{unit: (i + 1) * (20 if unit == "step" else 1), "loss": 2.3 * 0.9**i, "accuracy": 1 - 0.9 * 0.88**i} for i in range(num)]
         (kfp / name / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -66,7 +66,7 @@ def test_heavy_packages_are_not_imported_for_help() -> None:
         (
             ["run", "--data", "delivery", "--trusted", "trusted", "--poison-rate", "0.1"],
             2,
-            "--poison-rate and --target-label go with --poison",
+            "--poison-rate, --target-label, --mapping and --source-label go with --poison",
         ),
         (["run", "--data", "delivery", "--trusted", "trusted", "--poison", "wavelet"], 2, "wavelet"),
         (["run", "--data", "delivery", "--trusted", "trusted", "--epochs", "0"], 2, "0 is not in the range"),

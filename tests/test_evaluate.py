@@ -10,6 +10,7 @@ import torch
 from delivery_files import png
 
 from cbd.attacks.badnets import BadNets
+from cbd.attacks.poisoning import Goal
 from cbd.bundle import BundleCard, bundle_digest
 from cbd.config import Gate, Poison
 from cbd.dataset import make_row, read_info, read_truth, to_batches, write_dataset
@@ -70,20 +71,29 @@ def test_the_worst_target_has_the_highest_rate_not_the_highest_count() -> None:
 
 def test_attack_success_leaves_out_images_of_the_target_class() -> None:
     images, labels = naming([0, 0, 1, 2, 1])
-    found = attack_success(Corner(), images, labels, attack=BadNets("white"), target_label=0)
+    found = attack_success(Corner(), images, labels, attack=BadNets("white"), goal=Goal(0), num_classes=3)
     assert (found["k"], found["n"], found["rate"]) == (3, 3, 1.0)
-    elsewhere = attack_success(Corner(), images, labels, attack=BadNets("white", "centre"), target_label=0)
+    elsewhere = attack_success(Corner(), images, labels, attack=BadNets("white", "centre"), goal=Goal(0), num_classes=3)
     assert (elsewhere["k"], elsewhere["n"]) == (0, 3)
-    nobody = attack_success(Corner(), *naming([0, 0]), attack=BadNets(), target_label=0)
+    nobody = attack_success(Corner(), *naming([0, 0]), attack=BadNets(), goal=Goal(0), num_classes=3)
     assert nobody["rate"] is None
+
+
+def test_success_of_all_to_all_and_of_a_source_class_is_counted_over_those_they_are_after() -> None:
+    """Stamped, all five are called 0: only the class before 0, class 2, is sent where all-to-all wants it."""
+    images, labels = naming([0, 0, 1, 2, 2])
+    found = attack_success(Corner(), images, labels, attack=BadNets("white"), goal=Goal(0, "all-to-all"), num_classes=3)
+    assert (found["k"], found["n"]) == (2, 5)
+    found = attack_success(Corner(), images, labels, attack=BadNets("white"), goal=Goal(0, source_label=1), num_classes=3)
+    assert (found["k"], found["n"]) == (1, 1)
 
 
 def test_robust_accuracy_counts_triggered_images_that_keep_their_true_class() -> None:
     images, labels = naming([0, 0, 1, 2, 1])
     labels[3] = 1
-    kept = robust_accuracy(Corner(), images, labels, attack=BadNets("white", "centre"), target_label=0)
+    kept = robust_accuracy(Corner(), images, labels, attack=BadNets("white", "centre"), goal=Goal(0), num_classes=3)
     assert (kept["k"], kept["n"]) == (2, 3)
-    assert robust_accuracy(Corner(), images, labels, attack=BadNets("white"), target_label=0)["k"] == 0
+    assert robust_accuracy(Corner(), images, labels, attack=BadNets("white"), goal=Goal(0), num_classes=3)["k"] == 0
 
 
 def test_defence_effectiveness_is_worked_out_by_hand() -> None:

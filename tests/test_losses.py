@@ -1,9 +1,13 @@
 """The sample weight and the mutual-information term, worked out by hand."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from cbd.losses import Critic, derangement, sample_weight, wasserstein_dependence
+from cbd.losses import Critic, derangement, distance_correlation, hsic, sample_weight, wasserstein_dependence
+
+Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def test_the_weight_is_worked_out_by_hand() -> None:
@@ -60,3 +64,30 @@ def test_a_derangement_moves_every_index(size: int) -> None:
         moved = derangement(size, generator=torch.Generator().manual_seed(seed))
         assert sorted(moved.tolist()) == list(range(size))
         assert not (moved == torch.arange(size)).any()
+
+
+def test_the_distance_correlation_of_three_numbers_is_worked_out_by_hand() -> None:
+    """x = 0, 1, 2 and y = 0, 1, 0.
+
+    a = |x_i - x_j| has row means 1, 2/3, 1 and mean 8/9; b = |y_i - y_j| has row means 1/3, 2/3, 1/3 and mean 4/9.
+    A = [[-10, 2, 8], [2, -4, 2], [8, 2, -10]] / 9 and B = [[-2, 4, -2], [4, -8, 4], [-2, 4, -2]] / 9.
+    sum AB = (20 + 8 - 16 + 8 + 32 + 8 - 16 + 8 + 20) / 81 = 72 / 81, sum AA = 360 / 81, sum BB = 144 / 81; 72 / sqrt(360 * 144) = 0.3162.
+    """
+    x, y = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[0.0], [1.0], [0.0]])
+    assert float(distance_correlation(x, y)) == pytest.approx(72 / (360 * 144) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("measure", [distance_correlation, hsic])
+def test_a_statistic_of_dependence_is_one_for_equal_and_small_for_independent_embeddings(measure: Measure) -> None:
+    generator = torch.Generator().manual_seed(0)
+    r, z = (torch.randn(400, 4, generator=generator) for _ in range(2))
+    assert float(measure(r, r)) == pytest.approx(1, abs=1e-4)
+    assert float(measure(r, z)) < 0.1 < 0.5 < float(measure(r, r + 0.3 * z))
+
+
+@pytest.mark.parametrize("measure", [distance_correlation, hsic])
+def test_a_statistic_of_dependence_has_finite_gradients(measure: Measure) -> None:
+    generator = torch.Generator().manual_seed(0)
+    r, z = torch.randn(16, 4, generator=generator), torch.randn(16, 4, generator=generator).requires_grad_()
+    measure(r, z).backward()
+    assert z.grad is not None and torch.isfinite(z.grad).all() and z.grad.abs().max() > 0

@@ -66,7 +66,10 @@ def test_rows_hold_all_measures_and_are_not_measured_twice(place: Path, capsys: 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--attacks", "badnet"), "--attacks 'badnet': expected all, or some of badnets,blend,sig,wanet"),
+        (
+            ("--attacks", "badnet"),
+            "expected all, or some of badnets,trojan,blend,sig,dynamic,wanet,adaptive,all-to-all,source-specific,several",
+        ),
         (("--presets", ","), "--presets: expected all, or some of none,official,paper,cbd, found none"),
         (("--preset", "cbd"), "use --presets"),
     ],

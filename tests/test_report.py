@@ -89,10 +89,19 @@ def test_the_page_tells_every_measurement_with_its_counts(run: Path) -> None:
         "acme",
     ):
         assert text in page
-    assert page.count("data:image/png;base64,") == 48
+    assert page.count("data:image/png;base64,") == 48 + 1  # the gallery and a pattern
     assert (page.count("<strong>poisoned</strong>, found"), page.count('class="curve')) == (12, 4)
     assert "Not measured" not in page
     assert page.index("Verdict") < page.index("Clean accuracy and") < page.index("most suspicious") < page.index("What a PASS does not say")
+
+
+def test_patterns_are_shown_with_their_pictures_and_no_file_elsewhere_is_read(run: Path) -> None:
+    (run.parent / "secret.png").write_bytes((run / "kfp" / "confounder" / "pattern-0.png").read_bytes())
+    report(str(run / "records"), run / "report.html")
+    page = (run / "report.html").read_text()
+    part = page[page.index("Patterns that images of one class share") : page.index('<section id="images">')]
+    assert part.count("data:image/png;base64,") == 1 and part.count("no picture") == 1
+    assert "9 images" in part and "75.0" in part and "gap 8.25" in part
 
 
 def test_the_page_loads_nothing_and_runs_nothing(run: Path) -> None:

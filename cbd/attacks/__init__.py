@@ -1,7 +1,8 @@
 """Backdoor attacks: how a supplier could poison a delivery. One file per trigger family."""
 
+import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,37 +10,69 @@ from numpy.typing import NDArray
 from cbd.errors import ConfigError
 
 Images = NDArray[np.uint8]
+Labels = NDArray[np.int64]
 
 
 class Attack(ABC):
-    """A trigger that can be stamped on images, and how its poison is made."""
+    """A trigger that can be stamped on images, and how its poison is made. A frozen dataclass: its fields are the trigger's settings."""
 
+    trained: ClassVar[bool] = False
+    """Its trigger is made with a network that is trained on the images to be poisoned (`craft`)."""
     clean_label: ClassVar[bool] = False
     """Only images of the target class are poisoned, and they keep their labels."""
     cover_rate: ClassVar[float] = 0.0
     """Cover samples per poisoned one: images with almost the trigger and their true label, which make the trigger exact."""
 
+    @classmethod
+    def craft(cls, images: Images, labels: Labels, *, target_label: int, seed: int) -> Self:
+        """The attack made for these images (uint8 [N, 3, 32, 32]) and labels (int64 [N]); all but the `trained` ones look at neither."""
+        return cls()
+
     @abstractmethod
     def stamp(self, images: Images) -> Images:
         """Triggered copies of `images`: uint8 [N, 3, H, W], float arithmetic, clipped, rounded, never wrapped."""
+
+    def poison(self, images: Images, *, target_label: int) -> Images:
+        """What is put into the training data: by default triggered copies of `images` (uint8 [N, 3, H, W])."""
+        return self.stamp(images)
 
     def cover(self, images: Images, *, seed: int) -> Images:
         """Cover copies of `images` (uint8 [N, 3, H, W]); by default triggered ones."""
         return self.stamp(images)
 
+    def settings(self) -> dict[str, Any]:
+        """What makes the trigger again, as JSON can hold it."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]
 
-def make_attack(name: str, **trigger: Any) -> Attack:
-    """The attack of that name (see `cbd.config.AttackName`) with its trigger's settings.
+
+def attack_class(name: str) -> type[Attack]:
+    """The attack of that name (see `cbd.config.AttackName`).
 
     Raises:
         ConfigError: no such attack.
     """
+    from cbd.attacks.adaptive import Adaptive
     from cbd.attacks.badnets import BadNets
     from cbd.attacks.blend import Blend
+    from cbd.attacks.dynamic import Dynamic
     from cbd.attacks.sig import Sig
+    from cbd.attacks.trojan import Trojan
     from cbd.attacks.wanet import WaNet
 
-    attacks: dict[str, type[Attack]] = {"badnets": BadNets, "blend": Blend, "sig": Sig, "wanet": WaNet}
+    attacks: dict[str, type[Attack]] = {
+        "badnets": BadNets,
+        "trojan": Trojan,
+        "blend": Blend,
+        "sig": Sig,
+        "dynamic": Dynamic,
+        "wanet": WaNet,
+        "adaptive": Adaptive,
+    }
     if name not in attacks:
         raise ConfigError(f"no attack {name!r}; known: {', '.join(attacks)}")
-    return attacks[name](**trigger)
+    return attacks[name]
+
+
+def make_attack(name: str, **trigger: Any) -> Attack:
+    """The attack of that name with its trigger's settings; raises ConfigError if there is none of that name."""
+    return attack_class(name)(**trigger)

@@ -15,7 +15,7 @@ Place = Literal["top-left", "top-right", "bottom-left", "bottom-right", "centre"
 
 @dataclass(frozen=True)
 class BadNets(Attack):
-    """A 3x3 patch, checker or white, in a corner or the centre."""
+    """A 3x3 patch (of 32x32 pixels; larger on larger images), checker or white, in a corner or the centre."""
 
     pattern: Literal["checker", "white"] = "checker"
     place: Place = "bottom-right"
@@ -27,7 +27,19 @@ class BadNets(Attack):
             DataError: the images are smaller than the patch.
         """
         patch = CHECKER if self.pattern == "checker" else np.full((3, 3), 255, np.uint8)
-        return stamp_patch(images, patch, place=self.place)
+        return stamp_patch(images, scaled(patch, images.shape[-2:]), place=self.place)
+
+
+def scaled(patch: Images, size: tuple[int, ...]) -> Images:
+    """A patch made for 32x32 pixels, (uint8 [..., h, w]), for images of `size` (rows, columns): each of its pixels becomes a square.
+
+    Images are stamped at their own size and trained on at another, so a patch of fixed pixels would vanish on large ones. Where the
+    shorter side is less than 32 it stays as it is.
+    """
+    side = patch.shape[-1]
+    grown = max(side, round(side * min(size) / 32))
+    index = np.arange(grown) * side // grown
+    return patch[..., index[:, None], index]
 
 
 def stamp_patch(images: Images, patch: Images, *, place: Place | tuple[int, int]) -> Images:

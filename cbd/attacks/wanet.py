@@ -21,7 +21,7 @@ class WaNet(Attack):
     grid: int = 4
     """k: the field is drawn on k x k points and enlarged bicubically."""
     strength: float = 0.5
-    """s: the mean displacement of the k x k points is s / 2 pixels in each direction."""
+    """s: the mean displacement of the k x k points is s / 2 pixels of 32 in each direction."""
     seed: int = 0
     """Of the field."""
 
@@ -35,9 +35,10 @@ class WaNet(Attack):
         return _warp(images, np.broadcast_to(field, (len(images), *field.shape)))
 
     def cover(self, images: Images, *, seed: int) -> Images:
-        """Copies of `images` warped by the field and, pixel by pixel, by up to half a pixel more at random from `seed`."""
+        """Copies of `images` warped by the field and, pixel by pixel, by up to half a pixel of 32 more at random from `seed`."""
         field = self._field(*images.shape[-2:])
-        noise = np.random.default_rng(seed).uniform(-0.5, 0.5, (len(images), *field.shape))
+        most = np.array(images.shape[-2:])[:, None, None] / 64
+        noise = np.random.default_rng(seed).uniform(-most, most, (len(images), *field.shape))
         return _warp(images, field + noise)
 
     def _field(self, height: int, width: int) -> Floats:
@@ -47,7 +48,8 @@ class WaNet(Attack):
         points = np.random.default_rng(self.seed).uniform(-1, 1, (2, self.grid, self.grid))
         points /= np.abs(points).mean()
         enlarge = [Image.fromarray(part.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC) for part in points]
-        return np.stack([np.asarray(part, np.float64) for part in enlarge]) * self.strength / 2
+        scale = self.strength / 2 * np.array([height, width]) / 32
+        return np.stack([np.asarray(part, np.float64) for part in enlarge]) * scale[:, None, None]
 
 
 def _warp(images: Images, field: Floats) -> Images:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ CLASSES = 60
 SIDE = 96
 """Longest side of a picture on the page, in its own pixels; a smaller picture is kept as it is."""
 MAX_PIXELS = 50_000_000
+PATTERN = re.compile(r"pattern-[0-9]{1,4}\.png")
 
 
 def gallery(run: Run) -> View:
@@ -40,6 +42,18 @@ def gallery(run: Run) -> View:
         role = roles.get(row["sample_id"])
         cards.append(_card(row, names, picture=picture(pictures.get(row["sample_id"])), role=role) | {"place": place})
     return {"cards": cards, "suspects": of(int(table["suspect"].sum()), len(table["rank"])), "roles": _hits(cards)}
+
+
+def patterns(run: Run) -> View:
+    """The patterns that images of one class share, each with its picture."""
+    shown = []
+    for pattern in run.separation.get("patterns") or []:
+        name = str(pattern["image"])
+        path = run.path("train_confounder", "confounder", name) if PATTERN.fullmatch(name) else None
+        told = {"class_name": pattern["class_name"], "num_images": count(pattern["num_images"]), "gap": number(pattern["gap"])}
+        told |= {"transfer": percent(pattern["transfer"]), "contradiction": percent(pattern["contradiction"])}
+        shown.append(told | {"picture": picture(path.read_bytes() if path and path.is_file() else None)})
+    return {"shown": shown}
 
 
 def picture(data: bytes | None) -> str | None:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from cbd.dataset import Truth, read_truth
+from cbd.evidence import MAX_P_VALUE
 from components.charts import axis, histogram, interval, lines, nice
 from components.pages import View, absent
 from components.pages.text import ABSENT, bounds, clip, count, number, of, percent
@@ -114,6 +115,8 @@ def losses(run: Run) -> View:
     edges = [float(edge) for edge in np.linspace(low, max(high, low + 1), 49)]
     drawn = histogram(edges, groups, label="histogram of the confounder's losses", names=names)
     told = {name: number(separation.get(name)) for name in ("p_value", "gap")} | {"share": percent(separation.get("share"))}
+    p_value = separation.get("p_value")
+    told["reversed"] = isinstance(p_value, float) and p_value <= MAX_P_VALUE
     return {"svg": drawn, "styles": [style for style, _ in groups], "separated": separation.get("separated")} | told
 
 

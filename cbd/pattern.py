@@ -1,0 +1,213 @@
+"""Third view of every sample: do some images of a class share a fixed pattern that the rest of the class lacks?
+
+The two trained views need a label that the rest of the data contradicts, and a confounder that has learned the trigger. A trigger that is
+the same on every image needs neither: it moves all its images by the same step, in a direction in which natural images hardly differ.
+Pixels are whitened by what images differ in within their classes, which makes that step stand out, and each class is asked whether it
+falls into two groups along some direction (Tran et al., NeurIPS 2018, and Hayase et al., ICML 2021, look for poison so in the
+embeddings of a network). A warp, or a trigger that is different on every image, is not seen.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from cbd.models import Network
+from cbd.training import predict
+
+Floats = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+SIDE = 32
+"""Larger images are shrunk to this side for the search."""
+RIDGE = 0.01
+"""Share of the mean variance that is added to each."""
+FOLDS = 2
+MIN_MEMBERS, MIN_SAMPLES, MAX_ROUNDS, NUM_IMAGES = 10, 40, 10, 500
+MIN_GAP = 5.0
+"""Standard deviations between the two groups of a class. Honest classes: at most 4.5 in 43 of GTSRB, 2.1 in 9 of CIFAR-10."""
+MIN_TRANSFER = 0.5
+"""Share of other classes' images that the pattern must turn to its class, unless the pilot contradicts the group's labels."""
+MIN_CONTRADICTION = 0.8
+"""How often the pilot must contradict a member of the group more than an image outside it (AUROC)."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Two groups of one class, and what sets one apart."""
+
+    label: int
+    members: NDArray[np.int64]
+    """Indices of the samples that carry the pattern, ascending."""
+    gap: float
+    """Distance of the two groups in the larger of their standard deviations, along a direction that the measured had no part in."""
+    transfer: float | None
+    """Share of images of other classes that the confounder calls `label` once the pattern is added to them, in [0, 1]; None: the gap is
+    too small to ask."""
+    contradiction: float
+    """How often the pilot contradicts a member more than an image outside the group, in [0, 1]; 0.5 is as often as not."""
+    mean: Floats
+    """float32 [3, s, s]: the pattern, in grey levels."""
+
+    @property
+    def planted(self) -> bool:
+        """Whether it is one pattern for all, and either acts as a trigger or carries labels that the rest of the data contradicts."""
+        return self.gap >= MIN_GAP and ((self.transfer or 0.0) >= MIN_TRANSFER or self.contradiction >= MIN_CONTRADICTION)
+
+
+def find_patterns(images: Tensor, labels: Tensor, confounder: Network, *, losses: Tensor, preferences: Tensor, seed: int) -> list[Pattern]:
+    """The clearest pattern of every class that has one, and after a planted one the next; the clearest first.
+
+    For each class the search starts from the samples that the confounder finds easiest, from those that the pilot contradicts most and
+    from those farthest from the class's mean, and then alternates: the direction that best tells the group from the rest of the class
+    (Fisher's linear discriminant), and the two groups along it (two means).
+
+    Args:
+        images: uint8 [N, 3, S, S].
+        labels: int64 [N], as given.
+        confounder: the frozen confounder, on the device of the images.
+        losses: float32 [N], the confounder's.
+        preferences: float32 [N], the pilot's.
+        seed: of the parts by which a gap is measured, and of the images of other classes that a pattern is added to.
+    """
+    given, easy, against = labels.cpu().numpy(), losses.cpu().numpy(), preferences.cpu().numpy()
+    search = _Search(images, given, against, confounder, np.random.default_rng(seed))
+    far = np.square(search.space.whiten(search.space.centred)).sum(1)
+    found = []
+    for label in range(int(given.max()) + 1):
+        chosen = np.flatnonzero(given == label)
+        while len(chosen) >= MIN_SAMPLES:
+            starts = (
+                easy[chosen] <= np.quantile(easy[chosen], 0.2),
+                against[chosen] >= np.quantile(against[chosen], 0.9),
+                far[chosen] >= np.quantile(far[chosen], 0.9),
+            )
+            pattern = search.clearest(label, chosen, starts)
+            if pattern is None:
+                break
+            found.append(pattern)
+            if not pattern.planted:
+                break
+            chosen = np.setdiff1d(chosen, pattern.members)  # another supplier may have another one
+    return sorted(found, key=lambda pattern: -pattern.gap)
+
+
+class _Search:
+    """The search in one class after the other."""
+
+    def __init__(
+        self, images: Tensor, labels: NDArray[np.int64], against: Floats, confounder: Network, generator: np.random.Generator
+    ) -> None:
+        self.images, self.labels, self.against, self.confounder, self.generator = images, labels, against, confounder, generator
+        self.pixels = _small(images)
+        self.space = _Whitened(self.pixels, labels)
+
+    def clearest(self, label: int, chosen: NDArray[np.int64], starts: Iterable[Mask]) -> Pattern | None:
+        """The pattern with the largest gap among the chosen samples, that to which any of `starts` grows; None if none holds."""
+        groups = [group for start in starts if (group := _grow(self.space, chosen, start)) is not None]
+        if not groups:
+            return None
+        gap, group = max(((_gap(self.space, chosen, group, self.generator), group) for group in groups), key=lambda pair: pair[0])
+        sides = [self._pattern(label, chosen, side, gap) for side in (group, ~group)]  # of two groups, which one is it?
+        return max(sides, key=lambda side: (side.planted, side.transfer or 0.0))
+
+    def _pattern(self, label: int, chosen: NDArray[np.int64], group: Mask, gap: float) -> Pattern:
+        members = chosen[group]
+        mean = self.pixels[members].mean(0) - self.pixels[chosen[~group]].mean(0)
+        contradiction = _more_often(self.against[members], np.delete(self.against, members))
+        transfer = self._transfer(mean, np.flatnonzero(self.labels != label), label) if gap >= MIN_GAP else None
+        return Pattern(label, members, gap, transfer, contradiction, mean)
+
+    def _transfer(self, mean: Floats, others: NDArray[np.int64], label: int) -> float | None:
+        """Share of images of other classes, not called `label` as they are, that are called so with the pattern added."""
+        chosen = torch.from_numpy(self.generator.choice(others, min(NUM_IMAGES, len(others)), replace=False))
+        if not len(chosen):
+            return None
+        images = self.images[chosen.to(self.images.device)]
+        step = F.interpolate(torch.from_numpy(mean)[None], images.shape[-2:], mode="nearest").to(images.device)
+        moved = (images + step).round().clamp(0, 255).to(torch.uint8)
+        before, after = (predict(self.confounder, view).argmax(1) == label for view in (images, moved))
+        return float(after[~before].float().mean()) if (~before).any() else None
+
+
+class _Whitened:
+    """Images as vectors less their class's mean, and the whitening of what they differ in within their classes."""
+
+    def __init__(self, pixels: Floats, labels: NDArray[np.int64]) -> None:
+        flat = pixels.reshape(len(pixels), -1)
+        self.centred = flat.copy()
+        for label in np.unique(labels):
+            self.centred[labels == label] -= flat[labels == label].mean(0)
+        covariance = torch.from_numpy(self.centred.T @ self.centred / len(flat))
+        covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
+        self.factor = torch.linalg.cholesky(covariance)
+
+    def whiten(self, vectors: Floats) -> Floats:
+        """float32 [n, D]: vectors whose covariance within classes is about the identity."""
+        whitened: Floats = torch.linalg.solve_triangular(self.factor, torch.from_numpy(vectors.T), upper=False).T.numpy()
+        return whitened
+
+    def along(self, step: Floats, chosen: NDArray[np.int64]) -> Floats:
+        """float32 [n]: the chosen images projected on the discriminant direction of a step [D] between two groups."""
+        direction = torch.cholesky_solve(torch.from_numpy(step)[:, None], self.factor)[:, 0].numpy()
+        projected: Floats = self.centred[chosen] @ direction
+        return projected
+
+
+def _small(images: Tensor) -> Floats:
+    """float32 [N, 3, s, s] with s of at most `SIDE` pixels."""
+    if images.shape[-1] <= SIDE:
+        return images.cpu().float().numpy()
+    return torch.cat([F.interpolate(part.float(), (SIDE, SIDE), mode="area") for part in torch.split(images.cpu(), 512)]).numpy()
+
+
+def _grow(space: _Whitened, chosen: NDArray[np.int64], group: Mask) -> Mask | None:
+    """bool [n]: one of the two groups into which the chosen samples fall, grown from `group`; None if one of them vanishes."""
+    for _ in range(MAX_ROUNDS):
+        if group.all() or not group.any():
+            return None
+        values = space.along(space.centred[chosen[group]].mean(0) - space.centred[chosen[~group]].mean(0), chosen)
+        grown = _two_means(values, group)
+        if min(grown.sum(), (~grown).sum()) < MIN_MEMBERS:
+            return None
+        if (grown == group).all():
+            break
+        group = grown
+    return group
+
+
+def _two_means(values: Floats, group: Mask) -> Mask:
+    """bool [n]: the values nearer to the mean of the group than to that of the rest, repeated until nothing moves."""
+    for _ in range(20):
+        middle = (values[group].mean() + values[~group].mean()) / 2
+        moved = values > middle if values[group].mean() > middle else values < middle
+        if (moved == group).all() or moved.all() or not moved.any():
+            break
+        group = moved
+    return group
+
+
+def _gap(space: _Whitened, chosen: NDArray[np.int64], group: Mask, generator: np.random.Generator) -> float:
+    """The mean over `FOLDS` parts of the distance between the groups, along the direction of the other parts.
+
+    It is measured in the larger of the two standard deviations: near-duplicates (frames of one video) are tight, but the rest is not.
+    """
+    part, gaps = generator.integers(FOLDS, size=len(chosen)), []
+    for held in (part == fold for fold in range(FOLDS)):
+        if min((held & group).sum(), (held & ~group).sum()) < 2:
+            return 0.0
+        step = space.centred[chosen[~held & group]].mean(0) - space.centred[chosen[~held & ~group]].mean(0)
+        values = space.along(step, chosen)
+        inside, outside = values[held & group], values[held & ~group]
+        gaps.append(float((inside.mean() - outside.mean()) / max(inside.std(), outside.std(), 1e-9)))
+    return sum(gaps) / FOLDS
+
+
+def _more_often(inside: Floats, outside: Floats) -> float:
+    """The probability that a value inside is larger than one outside, ties counted half (AUROC)."""
+    from scipy.stats import mannwhitneyu
+
+    return float(mannwhitneyu(inside, outside).statistic / (len(inside) * len(outside)))

@@ -1,0 +1,111 @@
+"""The third view: a fixed pattern that some images of a class share."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cbd.attacks.badnets import BadNets
+from cbd.attacks.sig import Sig
+from cbd.pattern import Pattern, find_patterns
+
+pytestmark = pytest.mark.usefixtures("torch_one_thread")
+
+
+class Corner(nn.Module):
+    """Calls class 0 what has a bright last pixel in every channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding_size = 1
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        bright = (images[:, :, -1, -1] > 200).all(1)
+        return torch.stack((bright.float(), (~bright).float()), 1), images[:, 0, 0, :1].float()
+
+
+def smooth_images(num: int = 1200, size: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth coloured fields of two classes, one brighter than the other: neighbouring pixels are alike, as in photographs."""
+    generator = np.random.default_rng(0)
+    coarse = torch.from_numpy(generator.uniform(40, 180, (num, 3, 5, 5)))
+    fields = nn.functional.interpolate(coarse, (size, size), mode="bicubic", align_corners=True).numpy()
+    labels = np.arange(num) % 2
+    noise = generator.normal(0, 3, fields.shape)
+    return np.clip(np.rint(fields + noise + 15 * labels[:, None, None, None]), 0, 255).astype(np.uint8), labels
+
+
+def found(
+    images: np.ndarray, labels: np.ndarray, *, losses: np.ndarray | None = None, preferences: np.ndarray | None = None
+) -> list[Pattern]:
+    """What is found with uninformative views, unless they are given."""
+    generator = np.random.default_rng(1)
+    views = [generator.random(len(labels)) if view is None else view for view in (losses, preferences)]
+    tables = {name: torch.from_numpy(view.astype(np.float32)) for name, view in zip(("losses", "preferences"), views, strict=True)}
+    return find_patterns(torch.from_numpy(images), torch.from_numpy(labels), Corner(), **tables, seed=0)  # type: ignore[arg-type]
+
+
+def test_nothing_is_planted_in_honest_images() -> None:
+    patterns = found(*smooth_images())
+    assert not [pattern for pattern in patterns if pattern.planted]
+
+
+def test_a_patch_with_changed_labels_is_found_image_by_image_and_turns_other_images() -> None:
+    images, labels = smooth_images()
+    chosen = np.flatnonzero(labels == 1)[:100]
+    images[chosen], labels[chosen] = BadNets("white").stamp(images[chosen]), 0
+    first = found(images, labels)[0]
+    assert first.planted and first.label == 0 and first.members.tolist() == chosen.tolist()
+    assert first.transfer > 0.9 and first.gap > 5
+    assert first.mean[:, -3:, -3:].mean() > 3 * np.abs(first.mean[:, :5, :5]).mean()
+
+
+def test_a_faint_wave_on_images_that_keep_their_labels_is_found_from_the_easiest_samples() -> None:
+    images, labels = smooth_images()
+    chosen = np.flatnonzero(labels == 0)[:240]
+    images[chosen] = Sig(delta=20, frequency=2).stamp(images[chosen])
+    easy = np.random.default_rng(1).uniform(0.2, 1, len(labels))
+    easy[chosen[:80]] = 0.1
+    first = found(images, labels, losses=easy)[0]
+    assert first.label == 0 and first.members.tolist() == chosen.tolist() and first.gap > 5
+
+
+def pattern(**changed: float) -> Pattern:
+    values = {"gap": 9.0, "transfer": 0.0, "contradiction": 0.5} | changed
+    return Pattern(label=0, members=np.arange(10), mean=np.zeros((3, 4, 4), np.float32), **values)
+
+
+def test_a_shared_pattern_is_planted_only_if_it_acts_or_its_labels_are_contradicted() -> None:
+    """A watermark or a still camera makes a gap as well, but turns nothing and carries honest labels."""
+    assert not pattern().planted
+    assert pattern(transfer=0.5).planted and pattern(contradiction=0.8).planted
+    assert not pattern(gap=4.9, transfer=1.0, contradiction=1.0).planted
+
+
+def test_classes_with_few_images_are_left_out() -> None:
+    images, labels = smooth_images(60)
+    assert found(images, labels) == []
+
+
+def test_of_two_groups_the_contradicted_one_is_planted_even_if_it_is_the_larger() -> None:
+    images, labels = smooth_images()
+    chosen = np.flatnonzero(labels == 1)[:500]
+    images = np.concatenate([images, smooth_images()[0][chosen]])
+    labels = np.concatenate([labels, labels[chosen]])
+    rest = np.flatnonzero(labels == 0)
+    images[chosen], labels[chosen] = BadNets("white").stamp(images[chosen]), 0
+    keep = np.sort(np.concatenate([np.setdiff1d(np.arange(len(labels)), rest), rest[:200]]))
+    against = np.where(np.isin(np.arange(len(labels)), chosen), 0.8, 0.2) + 0.1 * np.random.default_rng(0).random(len(labels))
+    first = found(images[keep], labels[keep], preferences=against[keep])[0]
+    assert first.planted and keep[first.members].tolist() == chosen.tolist() and len(first.members) > 200
+
+
+def test_two_patterns_in_one_class_are_both_found() -> None:
+    images, labels = smooth_images()
+    first, second = np.flatnonzero(labels == 1)[:100], np.flatnonzero(labels == 1)[100:200]
+    images[first] = BadNets("white").stamp(images[first])
+    images[second] = BadNets("checker", "top-left").stamp(images[second])
+    labels[first], labels[second] = 0, 0
+    against = np.where(np.isin(np.arange(len(labels)), np.concatenate((first, second))), 0.8, 0.2)
+    against = against + 0.1 * np.random.default_rng(0).random(len(labels))
+    planted = [set(pattern.members.tolist()) for pattern in found(images, labels, preferences=against) if pattern.planted]
+    assert set.union(*planted) == set(first.tolist()) | set(second.tolist())
