@@ -20,6 +20,8 @@ MIN_SUSPECTS = 10
 MAX_SHARE = 0.5
 """A larger group cannot be told from the honest samples without knowing which is which."""
 NUM_GROUPS = 4
+CONTRADICTED, CROWDED, MIN_CROWD = 0.5, 2.0, 40
+"""Preference above which a label counts as contradicted; how many times as often as in any other class; smallest class that is asked."""
 NUM_BINS = 40
 
 
@@ -37,6 +39,18 @@ class Separation:
     """Share of the data set in the group, in [0, 1]."""
     posterior: Floats
     """float [N] in [0, 1]: probability that a sample belongs to the group; 0 everywhere if nothing separated."""
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """A class with far more contradicted labels than any other."""
+
+    label: int
+    members: NDArray[np.int64]
+    """Indices of its harder samples, ascending."""
+    p_value: float
+    share: float
+    """Of its labels that the pilot contradicts, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,40 @@ def separate(losses: Floats, preferences: Floats, final_losses: Floats, *, seed:
     if not MIN_SUSPECTS <= group.sum() <= MAX_SHARE * len(group) or np.median(final_losses[group]) > BELIEVED:
         return nothing
     return Separation(True, found.p_value, _gap(losses, preferences, group), float(group.mean()), posterior)
+
+
+def crowded_classes(losses: Floats, preferences: Floats, labels: NDArray[np.int64], *, known: NDArray[np.bool_]) -> list[Crowd]:
+    """Classes that hold far more contradicted labels than any other, and which of their samples do not belong there.
+
+    Poison whose trigger nobody has learned yet is mislabelled data, all of it in one class: hard for the confounder, contradicted by the
+    pilot. A class is crowded if the share of its labels that the pilot clearly contradicts is more than `CROWDED` times that of every
+    other class (exact binomial test, for all classes at once). Its samples are then split in two by their losses. Honest hard classes are
+    confused with each other, so that no single one stands out so far; labels that a supplier got wrong in one class do look like this.
+
+    Args:
+        losses: float [N] > 0, the confounder's.
+        preferences: float [N] in [0, 1], how far the pilot prefers another class than the given label.
+        labels: int64 [N], as given.
+        known: bool [N], suspects of another view, which are left out.
+    """
+    from scipy.stats import binom
+    from sklearn.mixture import GaussianMixture
+
+    num = np.bincount(labels[~known], minlength=int(labels.max()) + 1)
+    contradicted = np.bincount(labels[~known & (preferences > CONTRADICTED)], minlength=len(num))
+    shares = contradicted / num.clip(1)
+    crowds = []
+    for label in np.flatnonzero(num >= MIN_CROWD):
+        limit = CROWDED * np.delete(shares, label).max(initial=0.0)
+        p_value = min(1.0, len(num) * float(binom.sf(contradicted[label] - 1, num[label], min(1.0, max(limit, 1 / num[label])))))
+        if p_value > MAX_P_VALUE:
+            continue
+        members = np.flatnonzero((labels == label) & ~known)
+        values = np.log(losses[members])[:, None]
+        mixture = GaussianMixture(2, n_init=3, random_state=0).fit(values)
+        hard = mixture.predict_proba(values)[:, np.argmax(mixture.means_[:, 0])]
+        crowds.append(Crowd(int(label), members[hard > 0.5], p_value, float(shares[label])))
+    return crowds
 
 
 def with_groups(separation: Separation, groups: Sequence[NDArray[np.int64]]) -> Separation:

@@ -2,7 +2,8 @@
 
 Until a trigger is learned, a poisoned sample with a changed label is simply a mislabelled one. The pilot is kept in that state: what it
 contradicts while the confounder finds it easy loses its weight before the trigger is learned. Its logits carry the log prior of the
-given labels (Menon et al., ICLR 2021, logit adjustment), so that a target class swollen by poison gets no head start.
+given labels (Menon et al., ICLR 2021, logit adjustment), so that a target class swollen by poison gets no head start. It sees coarse
+views alone: a median over a window wipes out patches, lines and noise that are smaller than half of it, and leaves the shape of things.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ RISE, FALL = 0.5, 0.1
 """How far the running preference follows a new look upwards and downwards: what was suspect once is let back in slowly."""
 
 
+WINDOW = 5
+"""Side of the median's window, on views of `SIDE` pixels."""
+SIDE = 32
+
+
 @dataclass(frozen=True)
 class Pilot:
     """What the pilot leaves behind."""
@@ -27,6 +33,22 @@ class Pilot:
     preferences: Tensor
     """float32 [N] in [0, 1]: running mean of how far the pilot prefers another class than the given label."""
     history: list[dict[str, float]]
+
+
+def coarse_views(images: Tensor) -> Tensor:
+    """The median over a window around every pixel of every channel, at 32 pixels image side: uint8 [N, 3, S, S], as `images`.
+
+    Larger images are shrunk to that side first and enlarged again after; at the border the outermost pixels are repeated.
+    """
+    size, views = images.shape[-1], torch.empty_like(images)
+    for start in range(0, len(images), 256):
+        part = images[start : start + 256]
+        small = part if size <= SIDE else F.interpolate(part.float(), (SIDE, SIDE), mode="area").round().to(torch.uint8)
+        padded = F.pad(small.float(), (WINDOW // 2,) * 4, mode="replicate").to(torch.uint8)
+        windows = padded.unfold(2, WINDOW, 1).unfold(3, WINDOW, 1).flatten(4)
+        median = windows.median(-1).values
+        views[start : start + 256] = median if size <= SIDE else F.interpolate(median, (size, size), mode="nearest")
+    return views
 
 
 def preference(logits: Tensor, labels: Tensor) -> Tensor:
@@ -78,6 +100,7 @@ def train_pilot(
     steps_per_epoch = max(1, num // settings.batch_size)
     steps = min(settings.steps, settings.max_epochs * steps_per_epoch)
     epochs = -(-steps // steps_per_epoch)
+    images = coarse_views(images)
     losses, log_prior = losses.to(device), (labels.bincount(minlength=num_classes).clamp_min(1) / num).log()
     session = Session({"model": model}, {"sgd": optimizer}, generator, {"preference": torch.zeros(num, device=device)})
     key = f"pilot {params.model_dump_json(include={'seed', 'model', 'confounder'})}"

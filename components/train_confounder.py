@@ -94,7 +94,7 @@ def _write_separation(folder: Path, found: Any, preferences: Any, patterns: list
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from cbd.evidence import Separation, histogram, separate, with_groups
+    from cbd.evidence import Separation, crowded_classes, histogram, separate, with_groups
 
     losses = found.losses.numpy().astype(np.float64)
     if preferences is None:
@@ -103,6 +103,8 @@ def _write_separation(folder: Path, found: Any, preferences: Any, patterns: list
         seen = preferences.numpy().astype(np.float64)
         separation = separate(losses, seen, found.final_losses.numpy().astype(np.float64), seed=params.seed)
     separation = with_groups(separation, [pattern.members for pattern in patterns])
+    crowds = [] if preferences is None else crowded_classes(losses, seen, data.labels.cpu().numpy(), known=separation.posterior > 0.5)
+    separation = with_groups(separation, [crowd.members for crowd in crowds])
     columns = {"sample_id": data.sample_ids, "confounder_loss": losses, "preference": seen, "posterior": separation.posterior}
     pq.write_table(pa.table(columns), folder / LOSSES, compression="zstd")
     told = {
@@ -121,6 +123,15 @@ def _write_separation(folder: Path, found: Any, preferences: Any, patterns: list
                 "contradiction": round(pattern.contradiction, 4),
             }
             for number, pattern in enumerate(patterns)
+        ],
+        "crowds": [
+            {
+                "class_name": data.info.class_names[crowd.label],
+                "num_images": len(crowd.members),
+                "contradicted": crowd.share,
+                "p_value": crowd.p_value,
+            }
+            for crowd in crowds
         ],
         "steps": found.steps,
         "curve": [],

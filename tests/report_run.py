@@ -195,6 +195,7 @@ def _write_training(kfp: Path, ids: list[str], labels: list[int], *, num_classes
         "steps": 800,
         "curve": [],
         "histogram": {"edges": [], "counts": []},
+        "crowds": [{"class_name": "1", "num_images": 12, "contradicted": 0.16, "p_value": 1e-9}],
         "patterns": [
             {"class_name": "0", "image": "pattern-0.png", "num_images": 9, "gap": 8.25, "transfer": 0.75, "contradiction": 0.5},
             {"class_name": "1", "image": "../../secret.png", "num_images": 7, "gap": 6.5, "transfer": None, "contradiction": 0.9},

@@ -101,6 +101,7 @@ def test_patterns_are_shown_with_their_pictures_and_no_file_elsewhere_is_read(ru
     page = (run / "report.html").read_text()
     part = page[page.index("Patterns that images of one class share") : page.index('<section id="images">')]
     assert part.count("data:image/png;base64,") == 1 and part.count("no picture") == 1
+    assert "is crowded: the pilot contradicts 16.0" in page and "Its 12 hardest images are left out" in page
     assert "9 images" in part and "75.0" in part and "gap 8.25" in part
 
 

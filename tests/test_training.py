@@ -13,7 +13,7 @@ from cbd.attacks import make_attack
 from cbd.config import Confounder, Deconfounded, Gate, Model, Params
 from cbd.confounder import train_confounder
 from cbd.deconfounded import Evidence, learning_rate, train_deconfounded
-from cbd.evidence import detection, rank_samples, reversal, separate
+from cbd.evidence import Separation, crowded_classes, detection, rank_samples, reversal, separate, with_groups
 from cbd.models import make_model
 from cbd.pilot import preference, suspicion
 from cbd.training import augment, predict
@@ -184,7 +184,39 @@ def test_views_that_agree_or_know_nothing_of_each_other_show_no_reversal() -> No
     losses = np.exp(generator.standard_normal(2000))
     assert reversal(losses, 1 - np.exp(-losses)).p_value == 1
     assert reversal(losses, generator.random(2000)).p_value > 0.01
-    assert reversal(losses, np.exp(-losses)).p_value < 1e-100 or reversal(losses, np.exp(-losses)).log10_p_value < -100
+    assert reversal(losses, np.exp(-losses)).log10_p_value < -100
+
+
+def crowd(contradicted: list[int], *, size: int = 200) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Classes of `size` samples, so many of each contradicted and hard."""
+    labels = np.repeat(np.arange(len(contradicted)), size)
+    against = np.concatenate([np.arange(size) < num for num in contradicted])
+    generator = np.random.default_rng(0)
+    losses = np.exp(generator.normal(np.where(against, 1.0, -1.0), 0.2))
+    return losses, np.where(against, 0.9, 0.1), labels
+
+
+def test_a_class_with_far_more_contradicted_labels_than_any_other_is_crowded_by_its_harder_samples() -> None:
+    """60 of 200 against at most 10 of 200: the limit is 20 of 200, and P(X >= 60) for 200 at 0.1 is tiny."""
+    losses, preferences, labels = crowd([60, 10, 6, 10])
+    (found,) = crowded_classes(losses, preferences, labels, known=np.zeros(800, bool))
+    assert found.label == 0 and found.members.tolist() == list(range(60)) and found.share == 0.3
+    assert found.p_value == pytest.approx(4 * sum(math.comb(200, k) * 0.1**k * 0.9 ** (200 - k) for k in range(60, 201)), rel=1e-6)
+
+
+def test_a_hard_class_that_is_confused_with_another_is_not_crowded_and_neither_is_what_is_known_already() -> None:
+    losses, preferences, labels = crowd([60, 40, 6, 10])
+    assert crowded_classes(losses, preferences, labels, known=np.zeros(800, bool)) == []
+    losses, preferences, labels = crowd([60, 10, 6, 10])
+    assert crowded_classes(losses, preferences, labels, known=np.arange(800) < 50) == []
+
+
+def test_groups_of_other_views_are_added_to_a_separation() -> None:
+    nothing = Separation(False, 1.0, None, 0.0, np.zeros(10))
+    assert with_groups(nothing, []) is nothing
+    found = with_groups(nothing, [np.array([1, 2]), np.array([7])])
+    assert found.separated and found.share == 0.3 and np.flatnonzero(found.posterior).tolist() == [1, 2, 7]
+    assert not nothing.posterior.any()
 
 
 def test_a_poisoned_group_is_told_apart_without_its_rate() -> None:

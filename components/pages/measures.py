@@ -117,7 +117,13 @@ def losses(run: Run) -> View:
     told = {name: number(separation.get(name)) for name in ("p_value", "gap")} | {"share": percent(separation.get("share"))}
     p_value = separation.get("p_value")
     told["reversed"] = isinstance(p_value, float) and p_value <= MAX_P_VALUE
-    return {"svg": drawn, "styles": [style for style, _ in groups], "separated": separation.get("separated")} | told
+    crowds = [
+        {"class_name": crowd["class_name"], "num_images": count(crowd["num_images"])}
+        | {"contradicted": percent(crowd["contradicted"]), "p_value": number(crowd["p_value"])}
+        for crowd in separation.get("crowds") or []
+    ]
+    styles = [style for style, _ in groups]
+    return {"svg": drawn, "styles": styles, "separated": separation.get("separated"), "crowds": crowds} | told
 
 
 def weights(run: Run) -> View:
