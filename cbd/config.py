@@ -41,8 +41,8 @@ class Ingest(Section):
 class Model(Section):
     """The network that is trained."""
 
-    architecture: Literal["wrn-16-1", "resnet18"] = "wrn-16-1"
-    """WRN-16-1 for 32x32 images; ResNet-18 (torchvision's, with a 3x3 stem) for more capacity."""
+    architecture: Literal["wrn-16-1", "resnet18", "resnet34"] = "wrn-16-1"
+    """WRN-16-1 for 32x32 images; torchvision's ResNet-18 and ResNet-34 for larger ones (with a 3x3 stem below 64 pixels)."""
     image_size: int = Field(default=32, ge=16, le=512)
     """Side in pixels to which images are resized for training."""
 

@@ -60,15 +60,15 @@ class WideResNet(nn.Module):
         return self.head(embedding), embedding
 
 
-class ResNet18(nn.Module):
-    """torchvision's ResNet-18 (He et al., CVPR 2016) with a 3x3 stem and no first pooling below 64 pixels."""
+class ResNet(nn.Module):
+    """torchvision's ResNet-18 or ResNet-34 (He et al., CVPR 2016), with a 3x3 stem and no first pooling below 64 pixels."""
 
-    def __init__(self, num_classes: int, image_size: int) -> None:
+    def __init__(self, architecture: str, num_classes: int, image_size: int) -> None:
         super().__init__()
-        from torchvision.models import resnet18  # its import costs seconds, so only where this network is asked for
+        from torchvision import models  # its import costs seconds, so only where these networks are asked for
 
         self.normalise = Normalise()
-        self.body = resnet18(num_classes=num_classes)
+        self.body = {"resnet18": models.resnet18, "resnet34": models.resnet34}[architecture](num_classes=num_classes)
         if image_size < 64:
             self.body.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
             self.body.maxpool = nn.Identity()
@@ -81,7 +81,7 @@ class ResNet18(nn.Module):
         return self.head(embedding), embedding
 
 
-Network = WideResNet | ResNet18
+Network = WideResNet | ResNet
 
 
 def make_model(architecture: str, *, num_classes: int, image_size: int, generator: torch.Generator) -> Network:
@@ -91,7 +91,7 @@ def make_model(architecture: str, *, num_classes: int, image_size: int, generato
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
-        model: Network = ResNet18(num_classes, image_size) if architecture == "resnet18" else WideResNet(num_classes)
+        model: Network = WideResNet(num_classes) if architecture == "wrn-16-1" else ResNet(architecture, num_classes, image_size)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)

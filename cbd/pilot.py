@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cbd.config import Params
+from cbd.evidence import reversal
 from cbd.models import Network, make_model
 from cbd.training import OnEpoch, Session, augment, autocast, batches, make_sgd, mean_measures
 
@@ -21,9 +22,8 @@ RISE, FALL = 0.5, 0.1
 """How far the running preference follows a new look upwards and downwards: what was suspect once is let back in slowly."""
 
 
-WINDOW = 5
-"""Side of the median's window, on views of `SIDE` pixels."""
-SIDE = 32
+SIDE, REACH = 32, 2
+"""The median's window reaches this far from its middle on views of `SIDE` pixels: 5x5 in all."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,18 @@ class Pilot:
 
 
 def coarse_views(images: Tensor) -> Tensor:
-    """The median over a window around every pixel of every channel, at 32 pixels image side: uint8 [N, 3, S, S], as `images`.
+    """The median over 5x5 pixels around every pixel of every channel, at 32 pixels image side: uint8 [N, 3, S, S], as `images`.
 
-    Larger images are shrunk to that side first and enlarged again after; at the border the outermost pixels are repeated.
+    Larger images are shrunk to that side first and enlarged again after, on smaller ones the window is smaller. At the border the
+    outermost pixels are repeated.
     """
     size, views = images.shape[-1], torch.empty_like(images)
+    reach = max(1, round(REACH * min(size, SIDE) / SIDE))
     for start in range(0, len(images), 256):
         part = images[start : start + 256]
         small = part if size <= SIDE else F.interpolate(part.float(), (SIDE, SIDE), mode="area").round().to(torch.uint8)
-        padded = F.pad(small.float(), (WINDOW // 2,) * 4, mode="replicate").to(torch.uint8)
-        windows = padded.unfold(2, WINDOW, 1).unfold(3, WINDOW, 1).flatten(4)
+        padded = F.pad(small.float(), (reach,) * 4, mode="replicate").to(torch.uint8)
+        windows = padded.unfold(2, 2 * reach + 1, 1).unfold(3, 2 * reach + 1, 1).flatten(4)
         median = windows.median(-1).values
         views[start : start + 256] = median if size <= SIDE else F.interpolate(median, (size, size), mode="nearest")
     return views
@@ -122,10 +124,16 @@ def train_pilot(
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             measured.append((loss.detach(), (adjusted.argmax(1) == labels[chosen]).float().mean()))
-        session.finish_epoch(checkpoint, key=key, measures={"step": float(min(steps, first + steps_per_epoch)), **mean_measures(measured)})
+        reached = {"step": float(min(steps, first + steps_per_epoch)), "evidence": evidence_so_far(losses, session.tables["preference"])}
+        session.finish_epoch(checkpoint, key=key, measures={**reached, **mean_measures(measured)})
         on_epoch(session.epoch, epochs, session.history[-1])
     seen = preference(_logits_by_batch_statistics(model, images, num_classes, generator=generator), labels)
     return Pilot(remember(session.tables["preference"], seen).cpu(), session.history)
+
+
+def evidence_so_far(losses: Tensor, preferences: Tensor) -> float:
+    """-log10 of the p-value of the reversal with the preferences as they stand: 0 is none; when it rises no more, the pilot is ready."""
+    return -reversal(losses.cpu().double().numpy(), preferences.cpu().double().numpy()).log10_p_value
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ def train_confounder(
             on_epoch=teller("train_confounder", curves, what="confounder"),
             **common,
         )
-        preferences = None
+        preferences, curve = None, []
         if params.confounder.pilot:
             flown = pilot.train_pilot(
                 data.images,
@@ -56,12 +56,13 @@ def train_confounder(
                 **common,
             )
             preferences = flown.preferences
+            curve = [{"step": row["step"], "evidence": row["evidence"]} for row in flown.history]
     progress("train_confounder", 0, 1, "looking for patterns that images of a class share")
     patterns = _patterns(data, found, preferences, params=params)
     with replacing(out) as temporary:
         temporary.mkdir()
         _write(temporary, found, patterns, data=data, params=params)
-        separation = _write_separation(temporary, found, preferences, patterns, data=data, params=params)
+        separation = _write_separation(temporary, found, preferences, patterns, curve, data=data, params=params)
     return {"steps": found.steps, "separated": separation["separated"], "gap": separation["gap"], "suspects": separation["suspects"]}
 
 
@@ -88,7 +89,9 @@ def _write(folder: Path, found: Any, patterns: list[Any], *, data: Any, params: 
         Image.fromarray(shown.transpose(1, 2, 0)).save(folder / PATTERN_IMAGE.format(number=number))
 
 
-def _write_separation(folder: Path, found: Any, preferences: Any, patterns: list[Any], *, data: Any, params: Params) -> dict[str, Any]:
+def _write_separation(
+    folder: Path, found: Any, preferences: Any, patterns: list[Any], curve: list[dict[str, float]], *, data: Any, params: Params
+) -> dict[str, Any]:
     """Writes what the views say of every sample and of all together; returns the latter."""
     import numpy as np
     import pyarrow as pa
@@ -134,7 +137,7 @@ def _write_separation(folder: Path, found: Any, preferences: Any, patterns: list
             for crowd in crowds
         ],
         "steps": found.steps,
-        "curve": [],
+        "curve": curve,
         "histogram": histogram(losses),
     }
     write_json(folder / SEPARATION, told)

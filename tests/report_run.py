@@ -193,7 +193,7 @@ def _write_training(kfp: Path, ids: list[str], labels: list[int], *, num_classes
         "share": 0.2,
         "p_value": 1e-30,
         "steps": 800,
-        "curve": [],
+        "curve": [{"step": 400, "evidence": 2.5}, {"step": 800, "evidence": 30.0}],
         "histogram": {"edges": [], "counts": []},
         "crowds": [{"class_name": "1", "num_images": 12, "contradicted": 0.16, "p_value": 1e-9}],
         "patterns": [

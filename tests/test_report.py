@@ -90,7 +90,7 @@ def test_the_page_tells_every_measurement_with_its_counts(run: Path) -> None:
     ):
         assert text in page
     assert page.count("data:image/png;base64,") == 48 + 1  # the gallery and a pattern
-    assert (page.count("<strong>poisoned</strong>, found"), page.count('class="curve')) == (12, 4)
+    assert (page.count("<strong>poisoned</strong>, found"), page.count('class="curve')) == (12, 5)
     assert "Not measured" not in page
     assert page.index("Verdict") < page.index("Clean accuracy and") < page.index("most suspicious") < page.index("What a PASS does not say")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_sample_images
 
 from cbd.attacks import make_attack
 from cbd.config import Confounder, Deconfounded, Gate, Model, Params
@@ -15,7 +16,8 @@ from cbd.confounder import train_confounder
 from cbd.deconfounded import Evidence, learning_rate, train_deconfounded
 from cbd.evidence import Separation, crowded_classes, detection, rank_samples, reversal, separate, with_groups
 from cbd.models import make_model
-from cbd.pilot import preference, suspicion
+from cbd.pattern import find_patterns
+from cbd.pilot import coarse_views, preference, suspicion, train_pilot
 from cbd.training import augment, predict
 
 pytestmark = pytest.mark.usefixtures("torch_one_thread")
@@ -297,22 +299,69 @@ def test_plain_training_keeps_the_backdoor_and_the_defence_does_not(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_resnet18_trains_and_comes_back_from_its_bundle(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet34"])
+def test_a_resnet_comes_back_from_its_bundle(architecture: str, tmp_path: Path) -> None:
     program = """
 import sys, torch
 from pathlib import Path
 from cbd.bundle import BundleCard
 from cbd.models import load_model, make_model, save_bundle
 torch.set_num_threads(1)
-model = make_model("resnet18", num_classes=3, image_size=32, generator=torch.Generator().manual_seed(0))
-card = BundleCard(kind="undefended", architecture="resnet18", class_names=("a", "b", "c"), image_size=32, data_digest="0" * 64,
-                  params={}, seed=0, trial=False, weights_sha256="")
-save_bundle(model, card, Path(sys.argv[1]))
-again, _ = load_model(Path(sys.argv[1]))
-images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-model.eval()
-with torch.no_grad():
-    assert torch.equal(model(images)[0], again(images)[0])
-    assert again(images)[1].shape == (4, 512)
+for size in (32, 64):
+    model = make_model(sys.argv[2], num_classes=3, image_size=size, generator=torch.Generator().manual_seed(0))
+    card = BundleCard(kind="undefended", architecture=sys.argv[2], class_names=("a", "b", "c"), image_size=size, data_digest="0" * 64,
+                      params={}, seed=0, trial=False, weights_sha256="")
+    save_bundle(model, card, Path(sys.argv[1]) / str(size))
+    again, _ = load_model(Path(sys.argv[1]) / str(size))
+    images = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(images)[0], again(images)[0])
+        assert again(images)[1].shape == (4, 512)
 """
-    subprocess.run([sys.executable, "-c", program, str(tmp_path / "bundle")], check=True)
+    subprocess.run([sys.executable, "-c", program, str(tmp_path), architecture], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("torch_one_thread")
+def test_photographs_of_96_pixels_go_through_all_trainings_with_a_resnet(tmp_path: Path) -> None:
+    """Crops of the two photographs that scikit-learn ships: one is a temple, the other a flower."""
+    images, labels = photographs(128)
+    settings = Params(
+        model=Model(architecture="resnet18", image_size=96),
+        confounder=Confounder(steps=8, batch_size=16),
+        deconfounded=Deconfounded(epochs=2, batch_size=32, crop=2, learning_rate=0.02),
+        gate=Gate(min_clean_accuracy=0.5),
+    )
+    x, y = torch.from_numpy(images), torch.from_numpy(labels)
+    common = {"num_classes": 2, "params": settings, "on_epoch": quiet}
+    found = train_confounder(x, y, checkpoint=tmp_path / "c", **common)
+    seen = train_pilot(x, y, found.losses, checkpoint=tmp_path / "p", **common)
+    patterns = find_patterns(x, y, found.model, losses=found.losses, preferences=seen.preferences, seed=0)
+    assert not [pattern for pattern in patterns if pattern.planted] and all(pattern.mean.shape == (3, 32, 32) for pattern in patterns)
+    trained = train_deconfounded(x, y, Evidence(found.model, found.losses, torch.ones(len(y))), checkpoint=tmp_path / "d", **common)
+    assert float((trained.predicted == y).float().mean()) > 0.8
+
+
+def photographs(num: int, *, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
+    """Random crops of two photographs: uint8 [N, 3, size, size], and which of the two."""
+    pictures, generator = load_sample_images().images, np.random.default_rng(0)
+    labels = np.arange(num) % 2
+    crops = []
+    for label in labels:
+        picture = pictures[label]
+        row, column = generator.integers(picture.shape[0] - size), generator.integers(picture.shape[1] - size)
+        crops.append(picture[row : row + size, column : column + size].transpose(2, 0, 1))
+    return np.stack(crops), labels
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_coarse_views_lose_lines_and_patches_and_keep_shapes(size: int) -> None:
+    """At 32 pixels: a line of one pixel and a patch of 3x3 vanish under a median of 5x5, a square of 10x10 stays but for its corners."""
+    scale = size // 32
+    small = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    small[..., 2, 4:28], small[..., 25:28, 4:7], small[..., 12:22, 12:22] = 200, 200, 90
+    images = small.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    seen = coarse_views(images)[..., ::scale, ::scale]
+    assert seen[..., :10, :].max() == 0 and seen[..., 23:, :].max() == 0
+    assert (seen[..., 13:21, 13:21] == 90).all() and seen.shape == small.shape and seen.dtype == torch.uint8

@@ -123,7 +123,18 @@ def losses(run: Run) -> View:
         for crowd in separation.get("crowds") or []
     ]
     styles = [style for style, _ in groups]
+    told["curve"] = _evidence_curve(separation.get("curve") or [])
     return {"svg": drawn, "styles": styles, "separated": separation.get("separated"), "crowds": crowds} | told
+
+
+def _evidence_curve(curve: list[dict[str, Any]]) -> Any:
+    """The evidence for the reversal by the pilot's steps; None where it was not measured."""
+    points = [
+        (float(row["step"]), float(row["evidence"])) for row in curve if _is_number(row.get("step")) and _is_number(row.get("evidence"))
+    ]
+    if not points:
+        return None
+    return lines([("confounder", points)], top=nice(max(3.0, *(value for _, value in points))), label="evidence for the reversal by step")
 
 
 def weights(run: Run) -> View:
