@@ -80,20 +80,22 @@ def clean_accuracy(predicted: Labels, labels: Labels) -> Rate:
 
 def attack_success(model: Network, images: Images, labels: Labels, *, attack: Attack, goal: Goal, num_classes: int) -> Rate:
     """Share of triggered victims (images whose class is not the wanted one already) that are called what the attack wants."""
-    return _of_victims(model, images, goal.wanted(labels, num_classes=num_classes), attack, goal.victims(labels, num_classes=num_classes))
+    victims = goal.victims(labels, num_classes=num_classes)
+    called = predictions(model, attack.stamp(images[victims])) if victims.any() else labels[victims]
+    return triggered_rates(called, labels[victims], goal=goal, num_classes=num_classes)[0]
 
 
-def robust_accuracy(model: Network, images: Images, labels: Labels, *, attack: Attack, goal: Goal, num_classes: int) -> Rate:
-    """Share of triggered victims that are still called their true class."""
-    return _of_victims(model, images, labels, attack, goal.victims(labels, num_classes=num_classes))
+def triggered_rates(called: Labels, labels: Labels, *, goal: Goal, num_classes: int) -> tuple[Rate, Rate]:
+    """Attack success rate and robust accuracy: of triggered victims, the shares called what the attack wants, and their true class.
 
-
-def _of_victims(model: Network, images: Images, called: Labels, attack: Attack, victims: NDArray[np.bool_]) -> Rate:
-    """Share of the triggered victims that are called so; not measured (n = 0) if there are none."""
-    if not victims.any():
-        return rate(0, 0)
-    found = predictions(model, attack.stamp(images[victims]))
-    return rate(int((found == called[victims]).sum()), int(victims.sum()))
+    Args:
+        called: int64 [N], what the model calls them once triggered.
+        labels: int64 [N], their true classes.
+        goal: what the attack wants.
+        num_classes: K.
+    """
+    wanted = goal.wanted(labels, num_classes=num_classes)
+    return rate(int((called == wanted).sum()), len(labels)), rate(int((called == labels).sum()), len(labels))
 
 
 def defence_effectiveness(*, ca: float, asr: float, undefended_ca: float, undefended_asr: float) -> float:

@@ -173,7 +173,7 @@ def _row(trial: Trial, trained: Path, clean: Path, undefended: Path, copies: lis
     samples = load_samples(trusted_set, image_size=trial.params.model.image_size)
     rows = []
     for truth in truths:
-        measured = [_measure(folder, truth, samples, trusted_set) for folder in (trained, undefended, clean)]
+        measured = _measure([trained, undefended, clean], truth, samples, trusted_set)
         (ca, asr, kept), (plain_ca, plain_asr, _), (_, harmless, _) = measured
         effect = defence_effectiveness(ca=ca, asr=asr, undefended_ca=plain_ca, undefended_asr=plain_asr)
         known = (trial.attack, trial.preset, trial.params.seed, sum(truth.poison_rate for truth in truths), truth.target_label)
@@ -182,21 +182,25 @@ def _row(trial: Trial, trained: Path, clean: Path, undefended: Path, copies: lis
     return max(rows, key=lambda row: float(row["excess_asr"])) | _detected(trained, truths) | {"seconds": seconds}
 
 
-def _measure(folder: Path, truth: Truth, samples: Samples, trusted_set: Path) -> tuple[float, float, float]:
-    """Clean accuracy, attack success rate and robust accuracy of the model in `folder`."""
+def _measure(folders: list[Path], truth: Truth, samples: Samples, trusted_set: Path) -> list[tuple[float, float, float]]:
+    """Clean accuracy, attack success rate and robust accuracy of the model in each folder; the images are stamped once for all."""
     from cbd.attacks import make_attack
-    from cbd.evaluate import attack_success, clean_accuracy, predictions, robust_accuracy
+    from cbd.evaluate import clean_accuracy, predictions, triggered_rates
     from cbd.models import load_model
     from cbd.training import best_device
 
-    network, card = load_model(folder / "model")
-    network.to(best_device())
-    of = {"attack": make_attack(truth.attack, **truth.trigger), "goal": truth.goal, "num_classes": len(card.class_names)}
-    accuracy = clean_accuracy(predictions(network, samples.images), samples.labels)["rate"]
-    success, kept = (measure(network, samples.images, samples.labels, **of)["rate"] for measure in (attack_success, robust_accuracy))
-    if accuracy is None or success is None or kept is None:
+    num_classes = len(load_model(folders[0] / "model")[1].class_names)
+    victims = truth.goal.victims(samples.labels, num_classes=num_classes)
+    if not victims.any():
         raise DataError(f"{trusted_set}: no image that the attack is after; give a trusted set of all classes")
-    return accuracy, success, kept
+    triggered = make_attack(truth.attack, **truth.trigger).stamp(samples.images[victims])
+    measured = []
+    for folder in folders:
+        network = load_model(folder / "model")[0].to(best_device())
+        accuracy = clean_accuracy(predictions(network, samples.images), samples.labels)
+        rates = triggered_rates(predictions(network, triggered), samples.labels[victims], goal=truth.goal, num_classes=num_classes)
+        measured.append(tuple(known["k"] / known["n"] for known in (accuracy, *rates)))
+    return measured  # type: ignore[return-value]
 
 
 def _detected(trained: Path, truths: list[Truth]) -> dict[str, Any]:

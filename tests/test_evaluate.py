@@ -23,8 +23,8 @@ from cbd.evaluate import (
     defence_effectiveness,
     harmless,
     largest_rate,
-    robust_accuracy,
     run_battery,
+    triggered_rates,
     turned,
     worst_target,
 )
@@ -88,12 +88,11 @@ def test_success_of_all_to_all_and_of_a_source_class_is_counted_over_those_they_
     assert (found["k"], found["n"]) == (1, 1)
 
 
-def test_robust_accuracy_counts_triggered_images_that_keep_their_true_class() -> None:
-    images, labels = naming([0, 0, 1, 2, 1])
-    labels[3] = 1
-    kept = robust_accuracy(Corner(), images, labels, attack=BadNets("white", "centre"), goal=Goal(0), num_classes=3)
-    assert (kept["k"], kept["n"]) == (2, 3)
-    assert robust_accuracy(Corner(), images, labels, attack=BadNets("white"), goal=Goal(0), num_classes=3)["k"] == 0
+def test_success_and_robust_accuracy_are_counted_over_triggered_victims() -> None:
+    """Of five victims two are called 0, as the attack wants, two are called what they are, one is called another class."""
+    success, kept = triggered_rates(np.array([0, 0, 1, 2, 1]), np.array([1, 2, 1, 2, 2]), goal=Goal(0), num_classes=3)
+    assert (success["k"], success["n"], kept["k"], kept["n"]) == (2, 5, 2, 5)
+    assert triggered_rates(np.zeros(0, np.int64), np.zeros(0, np.int64), goal=Goal(0), num_classes=3)[0]["rate"] is None
 
 
 def test_defence_effectiveness_is_worked_out_by_hand() -> None:
