@@ -15,6 +15,8 @@ from cbd.attacks import Attack, Images, Labels
 from cbd.models import make_model
 
 SIDE, BATCH_SIZE, MASK_STEPS, STEPS = 32, 64, 100, 300
+CHUNK = 16
+"""Images painted at once: twice as fast as 256, whose float64 buffers are returned to the system every time."""
 DENSITY = 0.032
 """Largest mean of the mask: the share of an image that its trigger may cover."""
 MASK_WEIGHT, DIVERSITY_WEIGHT, ATTACKED, CROSSED = 100.0, 1.0, 0.1, 0.1
@@ -120,8 +122,8 @@ class Dynamic(Attack):
     def _painted(self, images: Images, models: Images) -> Images:
         """`images` with the triggers of `models`, in parts that fit into memory."""
         painted = np.empty_like(images)
-        for start in range(0, len(images), 256):
-            part = slice(start, start + 256)
+        for start in range(0, len(images), CHUNK):
+            part = slice(start, start + CHUNK)
             with torch.no_grad():
                 seen = F.interpolate(_signed(models[part]).double(), (SIDE, SIDE), mode="area")
                 pattern, mask = self._painter(seen)
