@@ -70,7 +70,7 @@ def test_rows_hold_all_measures_and_are_not_measured_twice(place: Path, capsys: 
             ("--attacks", "badnet"),
             "expected all, or some of badnets,trojan,blend,sig,dynamic,wanet,adaptive,all-to-all,source-specific,several",
         ),
-        (("--presets", ","), "--presets: expected all, or some of none,official,paper,cbd, found none"),
+        (("--presets", ","), "--presets: expected all, or some of none,official,paper,cbd,abl,vb,random-filter,perfect-filter, found none"),
         (("--preset", "cbd"), "use --presets"),
     ],
 )
