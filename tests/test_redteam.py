@@ -63,6 +63,42 @@ def test_rows_hold_all_measures_and_are_not_measured_twice(place: Path, capsys: 
     assert {path: path.stat().st_mtime_ns for path in (place / "out").rglob("model.safetensors")} == trained
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("torch_one_thread")
+def test_threat_models_and_other_defences_have_rows_too(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, told, _ = run(place, capsys, "--attacks", "all-to-all,source-specific,several", "--presets", "none,perfect-filter")
+    assert code == 0
+    rows = {(row["attack"], row["preset"]): row for row in told["rows"]}
+    assert len(rows) == 6 and all(row["auroc"] is None for row in rows.values())
+    assert [rows[name, "none"]["poison_rate"] for name in ("all-to-all", "source-specific", "several")] == pytest.approx(
+        [0.1, 15 / 90, 0.2]
+    )
+    assert all(0 <= row["asr"] <= 1 for row in rows.values())
+    copies = {path.parent.name.split("-seed")[0] for path in (place / "out").glob("*/truth")}
+    assert {"badnets", "blend"} <= copies
+    code, told, _ = run(place, capsys, "--attacks", "badnets", "--presets", "abl,vb,random-filter")
+    assert code == 0 and [row["preset"] for row in told["rows"]] == ["abl", "vb", "random-filter"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("torch_one_thread")
+def test_a_second_supplier_poisons_beside_the_first(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from cbd.config import Poison
+    from cbd.dataset import read_truth
+    from components.poison import poison
+
+    run(place, capsys, "--attacks", "badnets", "--presets", "none")
+    (taken,) = (place / "out").glob("taken-in-*")
+    poison(taken / "dataset", tmp_path / "a", truth=tmp_path / "ta", params=Poison(attack="badnets"), seed=0)
+    second = Poison(attack="blend", target_label=1, poison_rate=0.2)
+    poison(tmp_path / "a", tmp_path / "b", truth=tmp_path / "tb", params=second, seed=0, before=tmp_path / "ta")
+    first, then = read_truth(tmp_path / "ta"), read_truth(tmp_path / "tb")
+    assert first is not None and then is not None
+    stamped = {sample for sample, role in zip(first.sample_ids, first.roles, strict=True) if role == "poison"}
+    again = {sample for sample, role in zip(then.sample_ids, then.roles, strict=True) if role == "poison"}
+    assert len(stamped) == 9 and len(again) == 18 and stamped <= set(then.sample_ids) and not stamped & again
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
