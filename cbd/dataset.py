@@ -94,6 +94,10 @@ class Truth:
         """Whom the attack is after, and what triggered images shall be called."""
         return Goal(self.target_label, self.mapping, self.source_label)
 
+    def samples_with(self, *roles: str) -> set[str]:
+        """Ids of the samples that have one of these roles."""
+        return {sample for sample, role in zip(self.sample_ids, self.roles, strict=True) if role in roles}
+
 
 def make_row(data: bytes, *, label: int, original_path: str, source: str, max_pixels: int = 50_000_000) -> Row:
     """A data set row for an encoded image, with its digests, size, mode and format; raises `Refused` if it cannot be decoded."""

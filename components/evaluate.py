@@ -1,6 +1,5 @@
 """Sixth step: the model is attacked and measured on the trusted set."""
 
-import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,8 +154,7 @@ def detected(evidence: Path, *truths: Truth) -> dict[str, float] | None:
     from cbd.evidence import detection
 
     table = pq.read_table(evidence / EVIDENCE, columns=["sample_id", "rank"])
-    roles = itertools.chain.from_iterable(zip(truth.sample_ids, truth.roles, strict=True) for truth in truths)
-    marked = {sample for sample, role in roles if role == "poison"}
+    marked = set().union(*(truth.samples_with("poison") for truth in truths))
     poisoned = np.array([sample in marked for sample in table["sample_id"].to_pylist()])
     return detection(-table["rank"].to_numpy().astype(np.float64), poisoned)
 

@@ -4,14 +4,14 @@ import io
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from cbd.attacks import Attack, attack_class
 from cbd.attacks.poisoning import Goal, choose_cover, choose_poison
-from cbd.config import Poison
+from cbd.config import AttackName, Poison
 from cbd.dataset import Row, Truth, make_row, read_info, read_manifest, read_rows, read_truth, to_batches, write_dataset, write_truth
 from cbd.errors import ConfigError, DataError
 from cbd.images import decode, resize
@@ -42,7 +42,7 @@ def poison(dataset: Path, out: Path, *, truth: Path, params: Poison, seed: int, 
     """
     info = read_info(dataset)
     if params.attack is None:
-        raise ConfigError("poison.attack: expected an attack, found none; give --attack with one of badnets, trojan, blend, sig, ...")
+        raise ConfigError(f"poison.attack: expected an attack, found none; give --attack with one of {', '.join(get_args(AttackName))}")
     for name, label in (("target", params.target_label), ("source", params.source_label)):
         if label is not None and label >= len(info.class_names):
             raise ConfigError(f"{name} label {label}: the data set has classes 0..{len(info.class_names) - 1}; give one of them")
@@ -85,7 +85,7 @@ def _craft(kind: type[Attack], dataset: Path, goal: Goal, *, seed: int) -> Attac
 def _marked(truth: Path, sample_ids: list[str]) -> npt.NDArray[np.int64]:
     """Indices of the samples that another attack has stamped."""
     known = read_truth(truth)
-    stamped = set() if known is None else {sample for sample, role in zip(known.sample_ids, known.roles, strict=True) if role != "clean"}
+    stamped = known.samples_with("poison", "cover") if known else set()
     return np.array([index for index, sample in enumerate(sample_ids) if sample in stamped], np.int64)
 
 

@@ -110,38 +110,37 @@ def _write_separation(
     separation = with_groups(separation, [crowd.members for crowd in crowds])
     columns = {"sample_id": data.sample_ids, "confounder_loss": losses, "preference": seen, "posterior": separation.posterior}
     pq.write_table(pa.table(columns), folder / LOSSES, compression="zstd")
+    names = data.info.class_names
     told = {
         "separated": separation.separated,
         "p_value": separation.p_value,
         "gap": separation.gap,
         "share": separation.share,
         "suspects": int((separation.posterior > 0.5).sum()),
-        "patterns": [
-            {
-                "class_name": data.info.class_names[pattern.label],
-                "image": PATTERN_IMAGE.format(number=number),
-                "num_images": len(pattern.members),
-                "gap": round(pattern.gap, 3),
-                "transfer": pattern.transfer,
-                "contradiction": round(pattern.contradiction, 4),
-            }
-            for number, pattern in enumerate(patterns)
-        ],
-        "crowds": [
-            {
-                "class_name": data.info.class_names[crowd.label],
-                "num_images": len(crowd.members),
-                "contradicted": crowd.share,
-                "p_value": crowd.p_value,
-            }
-            for crowd in crowds
-        ],
+        "patterns": [_tell_pattern(number, pattern, names) for number, pattern in enumerate(patterns)],
+        "crowds": [_tell_crowd(crowd, names) for crowd in crowds],
         "steps": found.steps,
         "curve": curve,
         "histogram": histogram(losses),
     }
     write_json(folder / SEPARATION, told)
     return told
+
+
+def _tell_pattern(number: int, pattern: Any, class_names: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "class_name": class_names[pattern.label],
+        "image": PATTERN_IMAGE.format(number=number),
+        "num_images": len(pattern.members),
+        "gap": round(pattern.gap, 3),
+        "transfer": pattern.transfer,
+        "contradiction": round(pattern.contradiction, 4),
+    }
+
+
+def _tell_crowd(crowd: Any, class_names: tuple[str, ...]) -> dict[str, Any]:
+    about = {"contradicted": crowd.share, "p_value": crowd.p_value}
+    return {"class_name": class_names[crowd.label], "num_images": len(crowd.members)} | about
 
 
 @kfp_component

@@ -57,7 +57,7 @@ def redteam(
         attacks: names of attacks, or of `VARIANTS`.
         presets: names of presets, or of `BASELINES`: other defences, on the schedule of the preset `none`.
         seeds: of poison and training.
-        params_of: the parameters of `preset=` and `seed=` with an `attack=`.
+        params_of: the parameters of a `preset=` and a `seed=`; the attack in them is replaced by the trial's.
 
     Raises:
         ConfigError: no attack, preset or seed, or an unknown one.
@@ -123,7 +123,7 @@ def _train_baseline(source: Path, model: Path, trial: Trial, *, truths: list[Tru
     from components.training import card_of, checkpoint_folder, load, teller
 
     data = load(source, trial.params)
-    marked = {sample for truth in truths if truth for sample, role in zip(truth.sample_ids, truth.roles, strict=True) if role == "poison"}
+    marked = set().union(*(truth.samples_with("poison") for truth in truths if truth))
     trained = train_baseline(
         trial.preset,
         data.images,

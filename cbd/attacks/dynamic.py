@@ -95,7 +95,8 @@ class Dynamic(Attack):
             chosen, others = torch.randint(len(images), (2, BATCH_SIZE), generator=generator)
             x, other = _signed(images[chosen.numpy()]), _signed(images[others.numpy()])
             if step < MASK_STEPS:
-                loss = _diversity(x, other, painter.where(x), painter.where(other)) + MASK_WEIGHT * _excess(painter.where(x))
+                mask = painter.where(x)
+                loss = _diversity(x, other, mask, painter.where(other)) + MASK_WEIGHT * _excess(mask)
                 _take(find, loss)
                 continue
             loss = _joint(painter, model, x, other, given[chosen], target_label=target_label)
