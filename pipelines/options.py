@@ -15,8 +15,8 @@ WORKSPACE = Path("cbd-workspace")
 ATTACKS = ("badnets", "trojan", "blend", "sig", "dynamic", "wanet")
 """What `all` stands for."""
 MORE_ATTACKS = ("adaptive",)
-VARIANTS = (*MORE_ATTACKS, "all-to-all", "source-specific", "several")
-"""What the red team knows besides."""
+VARIANTS = (*MORE_ATTACKS, "clean", "all-to-all", "source-specific", "several")
+"""What the red team knows besides; `clean` is no attack at all."""
 PRESETS = ("none", "official", "paper", "cbd")
 BASELINES = ("abl", "vb", "random-filter", "perfect-filter")
 """Other defences that the red team compares with."""

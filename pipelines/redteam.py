@@ -21,11 +21,12 @@ TABLE, SECONDS = "redteam.parquet", "seconds.json"
 HALF = 0.5
 """Of the class that a clean-label or source-specific attack poisons: it cannot take a share of the whole data set."""
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "clean": (),
     "all-to-all": ({"attack": "badnets", "mapping": "all-to-all"},),
     "source-specific": ({"attack": "badnets", "source_label": 1},),
     "several": ({"attack": "badnets"}, {"attack": "blend", "target_label": 1}),
 }
-"""Threat models beyond one attack on one target: what they change in the section `poison`, once for each supplier."""
+"""Threat models beyond one attack on one target: what they change in the section `poison`, once for each supplier; `clean` has none."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Trial:
     preset: str
     params: Params
 
+    def digest(self, taken_in: Path) -> str:
+        """12 hex digits that name this trial on this data: data sets, attack, preset and parameters."""
+        about = self.params.model_dump(mode="json", include={"seed", "model", "confounder", "deconfounded", "poison"})
+        return _digest([self.attack, self.preset, about], *(_digest_of(taken_in / name) for name in ("dataset", "trusted_set")))
+
     def poisons(self, info: DatasetInfo) -> list[Poison]:
         """The section `poison` of each supplier, with a rate that the attack can have on this data set."""
         changes = VARIANTS.get(self.attack, ({"attack": self.attack},)) if self.attack else ()
@@ -44,7 +50,14 @@ class Trial:
 
 
 def redteam(
-    taken_in: Path, out: Path, *, attacks: Sequence[str], presets: Sequence[str], seeds: Sequence[int], params_of: Callable[..., Params]
+    taken_in: Path,
+    out: Path,
+    *,
+    attacks: Sequence[str],
+    presets: Sequence[str],
+    seeds: Sequence[int],
+    params_of: Callable[..., Params],
+    known: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """One row for every attack, preset and seed, also written to `out/redteam.parquet`. What was measured before is not measured again.
 
@@ -58,6 +71,7 @@ def redteam(
         presets: names of presets, or of `BASELINES`: other defences, on the schedule of the preset `none`.
         seeds: of poison and training.
         params_of: the parameters of a `preset=` and a `seed=`; the attack in them is replaced by the trial's.
+        known: rows of earlier calls, which stand for their trials if data and parameters are the same.
 
     Raises:
         ConfigError: no attack, preset or seed, or an unknown one.
@@ -65,28 +79,25 @@ def redteam(
     """
     if not (attacks and presets and seeds):
         raise ConfigError("red team: expected at least one attack, one preset and one seed; name them")
-    rows = []
+    rows: list[dict[str, Any]] = []
+    measured = {row["trial"]: row for row in known}
     trials = [(seed, attack, preset) for seed in seeds for attack in attacks for preset in presets]
     for index, (seed, attack, preset) in enumerate(trials):
         progress("redteam", index, len(trials), f"{attack} {preset} seed {seed}")
         plain = params_of(preset="none", seed=seed)
         trial = Trial(attack, preset, plain if preset in ("none", *BASELINES) else params_of(preset=preset, seed=seed))
-        copies = _poisoned(taken_in / "dataset", trial, out)
-        source = copies[-1] / "dataset"
-        clean = _train(taken_in / "dataset", Trial(None, "none", plain), out)
-        undefended = _train(source, Trial(attack, "none", plain), out)
-        trained = undefended if preset == "none" else _train(source, trial, out, copies)
-        rows.append(_row(trial, trained, clean, undefended, copies, taken_in / "trusted_set"))
+        name = trial.digest(taken_in)
+        if name not in measured:
+            copies = _poisoned(taken_in / "dataset", trial, out)
+            source = (copies[-1] if copies else taken_in) / "dataset"
+            clean = _train(taken_in / "dataset", Trial(None, "none", plain), out)
+            undefended = _train(source, Trial(attack, "none", plain), out) if copies else clean
+            trained = undefended if preset == "none" else _train(source, trial, out, copies)
+            measured[name] = {"trial": name} | _row(trial, trained, clean, undefended, copies, taken_in / "trusted_set")
+        rows.append(measured[name])
         _write_table(rows, out / TABLE)
     progress("redteam", len(trials), len(trials))
     return rows
-
-
-def render(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, rates in percent; what was not measured is a dash."""
-    names = [*COLUMNS[:4], *COLUMNS[5:], *DETECTION, "seconds"]
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    return "\n".join([*lines, *("| " + " | ".join(_cell(name, row[name]) for name in names) + " |" for row in rows)])
 
 
 def _fitted(poison: Poison, info: DatasetInfo) -> Poison:
@@ -171,6 +182,10 @@ def _row(trial: Trial, trained: Path, clean: Path, undefended: Path, copies: lis
 
     truths = [truth for copy in copies if (truth := read_truth(copy / "truth"))]
     samples = load_samples(trusted_set, image_size=trial.params.model.image_size)
+    seconds = read_object(trained / SECONDS).get("seconds")
+    if not truths:
+        known = (trial.attack, trial.preset, trial.params.seed, 0.0, None, _accuracy(trained, samples), None, None, None, None)
+        return dict(zip(COLUMNS, known, strict=True)) | _detected(trained, truths) | {"seconds": seconds}
     rows = []
     for truth in truths:
         measured = _measure([trained, undefended, clean], truth, samples, trusted_set)
@@ -178,7 +193,6 @@ def _row(trial: Trial, trained: Path, clean: Path, undefended: Path, copies: lis
         effect = defence_effectiveness(ca=ca, asr=asr, undefended_ca=plain_ca, undefended_asr=plain_asr)
         known = (trial.attack, trial.preset, trial.params.seed, sum(truth.poison_rate for truth in truths), truth.target_label)
         rows.append(dict(zip(COLUMNS, (*known, ca, asr, asr - harmless, kept, effect), strict=True)))
-    seconds = read_object(trained / SECONDS).get("seconds")
     return max(rows, key=lambda row: float(row["excess_asr"])) | _detected(trained, truths) | {"seconds": seconds}
 
 
@@ -203,6 +217,15 @@ def _measure(folders: list[Path], truth: Truth, samples: Samples, trusted_set: P
     return measured  # type: ignore[return-value]
 
 
+def _accuracy(folder: Path, samples: Samples) -> float:
+    from cbd.evaluate import clean_accuracy, predictions
+    from cbd.models import load_model
+    from cbd.training import best_device
+
+    known = clean_accuracy(predictions(load_model(folder / "model")[0].to(best_device()), samples.images), samples.labels)
+    return float(known["k"] / known["n"])
+
+
 def _detected(trained: Path, truths: list[Truth]) -> dict[str, Any]:
     """What the evidence on single samples is worth; None where there is none."""
     from components.evaluate import detected
@@ -221,8 +244,8 @@ def _digest_of(dataset: Path) -> str:
     return read_info(dataset).digest
 
 
-def _digest(about: dict[str, Any], data: str) -> str:
-    return hashlib.sha256(canonical_json([about, data])).hexdigest()[:12]
+def _digest(about: Any, *data: str) -> str:
+    return hashlib.sha256(canonical_json([about, *data])).hexdigest()[:12]
 
 
 def _write_table(rows: list[dict[str, Any]], path: Path) -> None:
@@ -231,11 +254,3 @@ def _write_table(rows: list[dict[str, Any]], path: Path) -> None:
 
     with replacing(path) as temporary:
         pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
-
-
-def _cell(name: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    if name in ("poison_rate", "ca", "asr", "excess_asr", "robust_accuracy"):
-        return f"{100 * value:.1f} %"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,6 +1,7 @@
 """Rows of the red team: what they hold, that nothing is measured twice, and what is refused."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import cli, redteam
+from pipelines import cli, redteam, redteam_table
 from pipelines.damages import encode_png
 from pipelines.demo import load_scans
+from pipelines.options import load
 
 PARAMS = """
 confounder: {steps: 12, batch_size: 16}
@@ -61,6 +63,24 @@ def test_rows_hold_all_measures_and_are_not_measured_twice(place: Path, capsys: 
     code, again, _ = run(place, capsys, "--attacks", "badnets,sig", "--presets", "none,cbd")
     assert again == told
     assert {path: path.stat().st_mtime_ns for path in (place / "out").rglob("model.safetensors")} == trained
+    (taken_in,) = (place / "out").glob("taken-in-*")
+    earlier = [row | {"ca": 0.125} for row in rows[:1]]
+    params = {"params_path": place / "params.yaml", "poison__attack": "badnets"}
+    (row,) = redteam.redteam(
+        taken_in, place / "elsewhere", attacks=["badnets"], presets=["none"], seeds=[0], params_of=partial(load, **params), known=earlier
+    )
+    assert row["ca"] == 0.125 and not list((place / "elsewhere").rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("torch_one_thread")
+def test_data_without_attack_have_an_accuracy_and_no_attack_success_rate(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, told, _ = run(place, capsys, "--attacks", "clean", "--presets", "none,cbd")
+    assert code == 0
+    plain, defended = told["rows"]
+    assert all(0 <= row["ca"] <= 1 and row["poison_rate"] == 0 for row in (plain, defended))
+    assert {defended[name] for name in ("asr", "excess_asr", "robust_accuracy", "der", "auroc")} == {None}
+    assert plain["suspects"] is None and defended["suspects"] is not None
 
 
 @pytest.mark.slow
@@ -104,7 +124,7 @@ def test_a_second_supplier_poisons_beside_the_first(place: Path, tmp_path: Path,
     [
         (
             ("--attacks", "badnet"),
-            "expected all, or some of badnets,trojan,blend,sig,dynamic,wanet,adaptive,all-to-all,source-specific,several",
+            "expected all, or some of badnets,trojan,blend,sig,dynamic,wanet,adaptive,clean,all-to-all,source-specific,several",
         ),
         (("--presets", ","), "--presets: expected all, or some of none,official,paper,cbd,abl,vb,random-filter,perfect-filter, found none"),
         (("--preset", "cbd"), "use --presets"),
@@ -119,6 +139,14 @@ def test_unknown_names_are_refused_with_the_known_ones(
 
 def test_the_table_says_percent_and_dashes_what_was_not_measured() -> None:
     row = dict.fromkeys((*redteam.COLUMNS, *redteam.DETECTION, "seconds")) | {"attack": "sig", "ca": 0.875, "der": 0.5, "seconds": 12.34}
-    head, _, line = redteam.render([row]).splitlines()
+    head, _, line = redteam_table.render([row]).splitlines()
     cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
     assert (cells["ca"], cells["asr"], cells["der"], cells["seconds |"]) == ("87.5 %", "-", "0.5", "12.3 |")
+
+
+def test_medians_are_over_seeds_and_the_worst_excess_is_named() -> None:
+    blank = dict.fromkeys((*redteam.COLUMNS, *redteam.DETECTION, "seconds"))
+    rows = [blank | {"attack": "sig", "preset": "cbd", "seed": seed, "excess_asr": value} for seed, value in enumerate((0.01, 0.05, -0.02))]
+    head, _, line = redteam_table.medians([*rows, blank | {"attack": "clean", "preset": "cbd", "ca": 0.5}]).splitlines()[:3]
+    cells = dict(zip(head.strip("| ").split(" | "), line.strip("| ").split(" | "), strict=True))
+    assert (cells["seeds"], cells["excess_asr"], cells["worst"], cells["ca"]) == ("3", "1.0 %", "5.0 %", "-")
