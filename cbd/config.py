@@ -153,6 +153,8 @@ class Poison(Section):
 
     attack: AttackName | None = None
     """Trigger family; null: no poison."""
+    trigger: dict[str, Any] = {}
+    """Settings of the trigger, such as `{pattern: white, place: top-left}` of badnets; see the attack's fields."""
     poison_rate: float = Field(default=0.1, gt=0, lt=1)
     """Share of the data set that is poisoned. Of a clean-label attack it is at most half of the target class."""
     target_label: int = Field(default=0, ge=0)

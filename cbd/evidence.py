@@ -48,6 +48,8 @@ class Crowd:
     label: int
     members: NDArray[np.int64]
     """Indices of its harder samples, ascending."""
+    posterior: Floats
+    """float in (0.5, 1]: of each member, the probability that it is one of the harder samples."""
     p_value: float
     share: float
     """Of its labels that the pilot contradicts, in [0, 1]."""
@@ -116,24 +118,29 @@ def separate(losses: Floats, preferences: Floats, final_losses: Floats, *, seed:
     return Separation(True, found.p_value, _gap(losses, preferences, group), float(group.mean()), posterior)
 
 
-def crowded_classes(losses: Floats, preferences: Floats, labels: NDArray[np.int64], *, known: NDArray[np.bool_]) -> list[Crowd]:
+def crowded_classes(losses: Floats, logits: Floats, labels: NDArray[np.int64], *, known: NDArray[np.bool_]) -> list[Crowd]:
     """Classes that hold far more contradicted labels than any other, and which of their samples do not belong there.
 
     Poison whose trigger nobody has learned yet is mislabelled data, all of it in one class: hard for the confounder, contradicted by the
     pilot. A class is crowded if the share of its labels that the pilot clearly contradicts is more than `CROWDED` times that of every
     other class (exact binomial test, for all classes at once). Its samples are then split in two by their losses. Honest hard classes are
     confused with each other, so that no single one stands out so far; labels that a supplier got wrong in one class do look like this.
+    The pilot was held back from a class as large as its labels made it. Where another view has set some of them aside, the rest of the
+    class gets back the log of what it was larger by; without that the honest rest would look contradicted.
 
     Args:
         losses: float [N] > 0, the confounder's.
-        preferences: float [N] in [0, 1], how far the pilot prefers another class than the given label.
+        logits: float [N, K], the pilot's, without the log prior of the labels.
         labels: int64 [N], as given.
         known: bool [N], suspects of another view, which are left out.
     """
+    from scipy.special import softmax
     from scipy.stats import binom
     from sklearn.mixture import GaussianMixture
 
-    num = np.bincount(labels[~known], minlength=int(labels.max()) + 1)
+    given, num = (np.bincount(labels[chosen], minlength=logits.shape[1]) for chosen in (slice(None), ~known))
+    probabilities = softmax(logits + np.log(given.clip(1) / num.clip(1)), axis=1)
+    preferences = probabilities.max(1) - probabilities[np.arange(len(labels)), labels]
     contradicted = np.bincount(labels[~known & (preferences > CONTRADICTED)], minlength=len(num))
     shares = contradicted / num.clip(1)
     crowds = []
@@ -146,16 +153,17 @@ def crowded_classes(losses: Floats, preferences: Floats, labels: NDArray[np.int6
         values = np.log(losses[members])[:, None]
         mixture = GaussianMixture(2, n_init=3, random_state=0).fit(values)
         hard = mixture.predict_proba(values)[:, np.argmax(mixture.means_[:, 0])]
-        crowds.append(Crowd(int(label), members[hard > 0.5], p_value, float(shares[label])))
+        crowds.append(Crowd(int(label), members[hard > 0.5], hard[hard > 0.5], p_value, float(shares[label])))
     return crowds
 
 
-def with_groups(separation: Separation, groups: Sequence[NDArray[np.int64]]) -> Separation:
-    """The separation with more suspects: `groups` of sample indices that another view has found; unchanged without any."""
+def with_groups(separation: Separation, groups: Sequence[tuple[NDArray[np.int64], Floats | float]]) -> Separation:
+    """The separation with more suspects: groups that another view has found, as sample indices and posteriors; unchanged without any."""
     if not groups:
         return separation
     posterior = separation.posterior.copy()
-    posterior[np.concatenate(groups)] = 1.0
+    for members, probability in groups:
+        posterior[members] = np.maximum(posterior[members], probability)
     return replace(separation, separated=True, share=float((posterior > 0.5).mean()), posterior=posterior)
 
 

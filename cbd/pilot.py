@@ -32,6 +32,8 @@ class Pilot:
 
     preferences: Tensor
     """float32 [N] in [0, 1]: running mean of how far the pilot prefers another class than the given label."""
+    logits: Tensor
+    """float32 [N, K]: its last look, without the log prior of the labels that it was trained with."""
     history: list[dict[str, float]]
 
 
@@ -127,8 +129,9 @@ def train_pilot(
         reached = {"step": float(min(steps, first + steps_per_epoch)), "evidence": evidence_so_far(losses, session.tables["preference"])}
         session.finish_epoch(checkpoint, key=key, measures={**reached, **mean_measures(measured)})
         on_epoch(session.epoch, epochs, session.history[-1])
-    seen = preference(_logits_by_batch_statistics(model, images, num_classes, generator=generator), labels)
-    return Pilot(remember(session.tables["preference"], seen).cpu(), session.history)
+    logits = _logits_by_batch_statistics(model, images, num_classes, generator=generator)
+    seen = preference(logits, labels)
+    return Pilot(remember(session.tables["preference"], seen).cpu(), logits.cpu(), session.history)
 
 
 def evidence_so_far(losses: Tensor, preferences: Tensor) -> float:

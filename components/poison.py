@@ -9,7 +9,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from cbd.attacks import Attack, attack_class
+from cbd.attacks import Attack, attack_class, configure
 from cbd.attacks.poisoning import Goal, choose_cover, choose_poison
 from cbd.config import AttackName, Poison
 from cbd.dataset import Row, Truth, make_row, read_info, read_manifest, read_rows, read_truth, to_batches, write_dataset, write_truth
@@ -37,7 +37,7 @@ def poison(dataset: Path, out: Path, *, truth: Path, params: Poison, seed: int, 
         before: ground truth of an attack that is already in `dataset`; its poison and covers are left alone.
 
     Raises:
-        ConfigError: no attack is named, or target or source are no class of the data set.
+        ConfigError: no attack is named, it has no such trigger, or target or source are no class of the data set.
         DataError: the rate or the images do not fit the attack, or its trigger changes no image.
     """
     info = read_info(dataset)
@@ -60,7 +60,7 @@ def poison(dataset: Path, out: Path, *, truth: Path, params: Poison, seed: int, 
         source_label=goal.source_label,
     )
     roles_of = dict.fromkeys(chosen.tolist(), "poison") | dict.fromkeys(cover.tolist(), "cover")
-    stamps = _Stamps(_craft(kind, dataset, goal, seed=seed), goal, roles_of, num_classes=len(info.class_names), seed=seed)
+    stamps = _Stamps(_craft(kind, dataset, goal, params=params, seed=seed), goal, roles_of, num_classes=len(info.class_names), seed=seed)
     written = write_dataset(out, to_batches(stamps.rows(dataset)), class_names=info.class_names, supplier=info.supplier, trial=True)
     if not stamps.changed:
         raise DataError(f"the trigger leaves every pixel of {len(chosen)} images unchanged; choose another trigger")
@@ -70,10 +70,11 @@ def poison(dataset: Path, out: Path, *, truth: Path, params: Poison, seed: int, 
     return {"poisoned": len(chosen), "cover": len(cover), "num_images": written.num_images, "digest": written.digest}
 
 
-def _craft(kind: type[Attack], dataset: Path, goal: Goal, *, seed: int) -> Attack:
+def _craft(kind: type[Attack], dataset: Path, goal: Goal, *, params: Poison, seed: int) -> Attack:
     """The attack; one that trains a network sees the first images of the data set."""
+    made = configure(str(params.attack), params.trigger)
     if not kind.trained:
-        return kind()
+        return made
     progress("poison", 0, 2, f"training the network of the {kind.__name__.lower()} attack")
     rows = list(itertools.islice(read_rows(dataset), CRAFT_IMAGES))
     images = np.empty((len(rows), 3, CRAFT_SIZE, CRAFT_SIZE), np.uint8)

@@ -45,7 +45,7 @@ def train_confounder(
             on_epoch=teller("train_confounder", curves, what="confounder"),
             **common,
         )
-        preferences, curve = None, []
+        flown, curve = None, []
         if params.confounder.pilot:
             flown = pilot.train_pilot(
                 data.images,
@@ -55,24 +55,23 @@ def train_confounder(
                 on_epoch=teller("train_confounder", curves, what="pilot"),
                 **common,
             )
-            preferences = flown.preferences
             curve = [{"step": row["step"], "evidence": row["evidence"]} for row in flown.history]
     progress("train_confounder", 0, 1, "looking for patterns that images of a class share")
-    patterns = _patterns(data, found, preferences, params=params)
+    patterns = _patterns(data, found, flown, params=params)
     with replacing(out) as temporary:
         temporary.mkdir()
         _write(temporary, found, patterns, data=data, params=params)
-        separation = _write_separation(temporary, found, preferences, patterns, curve, data=data, params=params)
+        separation = _write_separation(temporary, found, flown, patterns, curve, data=data, params=params)
     return {"steps": found.steps, "separated": separation["separated"], "gap": separation["gap"], "suspects": separation["suspects"]}
 
 
-def _patterns(data: Any, found: Any, preferences: Any, *, params: Params) -> list[Any]:
+def _patterns(data: Any, found: Any, flown: Any, *, params: Params) -> list[Any]:
     """The planted patterns; none without a pilot, whose view a verdict on them needs."""
     from cbd.pattern import find_patterns
 
-    if preferences is None:
+    if flown is None:
         return []
-    views = {"losses": found.losses, "preferences": preferences, "seed": params.seed}
+    views = {"losses": found.losses, "preferences": flown.preferences, "seed": params.seed}
     return [pattern for pattern in find_patterns(data.images, data.labels, found.model, **views) if pattern.planted]
 
 
@@ -90,7 +89,7 @@ def _write(folder: Path, found: Any, patterns: list[Any], *, data: Any, params: 
 
 
 def _write_separation(
-    folder: Path, found: Any, preferences: Any, patterns: list[Any], curve: list[dict[str, float]], *, data: Any, params: Params
+    folder: Path, found: Any, flown: Any, patterns: list[Any], curve: list[dict[str, float]], *, data: Any, params: Params
 ) -> dict[str, Any]:
     """Writes what the views say of every sample and of all together; returns the latter."""
     import numpy as np
@@ -100,14 +99,15 @@ def _write_separation(
     from cbd.evidence import Separation, crowded_classes, histogram, separate, with_groups
 
     losses = found.losses.numpy().astype(np.float64)
-    if preferences is None:
+    if flown is None:
         separation, seen = Separation(None, None, None, None, np.zeros(len(losses))), np.full(len(losses), np.nan)
     else:
-        seen = preferences.numpy().astype(np.float64)
+        seen = flown.preferences.numpy().astype(np.float64)
         separation = separate(losses, seen, found.final_losses.numpy().astype(np.float64), seed=params.seed)
-    separation = with_groups(separation, [pattern.members for pattern in patterns])
-    crowds = [] if preferences is None else crowded_classes(losses, seen, data.labels.cpu().numpy(), known=separation.posterior > 0.5)
-    separation = with_groups(separation, [crowd.members for crowd in crowds])
+    separation = with_groups(separation, [(pattern.members, 1.0) for pattern in patterns])
+    known, labels = separation.posterior > 0.5, data.labels.cpu().numpy()
+    crowds = [] if flown is None else crowded_classes(losses, flown.logits.numpy().astype(np.float64), labels, known=known)
+    separation = with_groups(separation, [(crowd.members, crowd.posterior) for crowd in crowds])
     columns = {"sample_id": data.sample_ids, "confounder_loss": losses, "preference": seen, "posterior": separation.posterior}
     pq.write_table(pa.table(columns), folder / LOSSES, compression="zstd")
     names = data.info.class_names

@@ -47,6 +47,21 @@ def params_options(command: F) -> F:
     return command
 
 
+def _settings(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, Any] | None:
+    import yaml
+
+    settings = {}
+    for value in values:
+        name, _, text = value.partition("=")
+        try:
+            settings[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            settings[name] = None
+        if not name or settings[name] is None:
+            raise click.BadParameter(f"{value!r}: expected SETTING=VALUE, such as place=top-left or colour=[255,0,0]")
+    return settings or None
+
+
 def poison_options(command: F) -> F:
     """Adds the options of an attack."""
     options = (
@@ -65,6 +80,14 @@ def poison_options(command: F) -> F:
             type=click.Choice(["all-to-one", "all-to-all"]),
             help="all-to-all: each to the class after its own.",
         ),
+        click.option(
+            "--trigger",
+            "poison__trigger",
+            multiple=True,
+            metavar="SETTING=VALUE",
+            callback=_settings,
+            help="Of the trigger, such as place=top-left; may be repeated.",
+        ),
         click.option("--source-label", "poison__source_label", type=click.IntRange(0), help="Only images of this class are attacked."),
     )
     for option in reversed(options):
@@ -79,10 +102,15 @@ def load(*, params_path: Path | None, preset: str | None, **overrides: Any) -> "
     own = Path(__file__).resolve().parent.parent / "params.yaml"
     default = Path("params.yaml") if Path("params.yaml").is_file() else own
     if overrides.get("poison__attack") is None and any(
-        overrides.get(f"poison__{key}") is not None for key in ("poison_rate", "target_label", "mapping", "source_label")
+        overrides.get(f"poison__{key}") is not None for key in ("poison_rate", "target_label", "mapping", "source_label", "trigger")
     ):
-        raise ConfigError("--poison-rate, --target-label, --mapping and --source-label go with --poison; add --poison badnets")
-    return load_params(params_path or default, preset=preset, **overrides)
+        raise ConfigError("--poison-rate, --target-label, --mapping, --source-label and --trigger go with --poison; add --poison badnets")
+    params = load_params(params_path or default, preset=preset, **overrides)
+    if params.poison.attack and params.poison.trigger:
+        from cbd.attacks import configure
+
+        configure(params.poison.attack, params.poison.trigger)
+    return params
 
 
 def split(text: str, known: tuple[str, ...], option: str, *, more: tuple[str, ...] = ()) -> tuple[str, ...]:

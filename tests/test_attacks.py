@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from cbd.attacks import adaptive, dynamic, make_attack, trojan
+from cbd.attacks import adaptive, configure, dynamic, make_attack, trojan
 from cbd.attacks.adaptive import Adaptive
 from cbd.attacks.badnets import BadNets
 from cbd.attacks.blend import Blend
@@ -33,6 +33,33 @@ def test_badnets_writes_the_checker_into_the_corner_and_nothing_else() -> None:
     expected[:, :, 5:, 5:] = [[0, 0, 255], [0, 255, 0], [255, 0, 255]]
     assert np.array_equal(stamped, expected)
     assert np.array_equal(images, ramp())
+
+
+def test_a_patch_takes_the_colour_corner_and_pattern_it_is_given() -> None:
+    attack = configure("badnets", {"pattern": "white", "place": "top-left", "colour": [255, 0, 7]})
+    stamped = attack.stamp(np.full((1, 3, 32, 32), 9, np.uint8))
+    assert [set(channel[:3, :3].flat) for channel in stamped[0]] == [{255}, {0}, {7}]
+    assert (stamped[0, :, 3:] == 9).all() and (stamped[0, :, :, 3:] == 9).all()
+    checker = configure("badnets", {"colour": [1, 2, 3]}).stamp(np.full((1, 3, 3, 3), 9, np.uint8))
+    assert checker[0, :, 0].tolist() == [[0, 0, 1], [0, 0, 2], [0, 0, 3]]
+
+
+@pytest.mark.parametrize(
+    ("attack", "settings", "message"),
+    [
+        ("badnets", {"alpha": 0.1}, "badnets has no setting 'alpha'; known: pattern, place, colour"),
+        ("badnets", {"place": "left"}, "place = 'left': input should be 'top-left', 'top-right'"),
+        ("badnets", {"colour": [0, 0, 256]}, "colour.2 = 256: input should be less than or equal to 255"),
+        ("blend", {"alpha": 0}, "alpha = 0: input should be greater than 0"),
+        ("sig", {"delta": float("nan")}, "delta = nan"),
+        ("wanet", {"grid": 1}, "grid = 1: input should be greater than or equal to 2"),
+        ("trojan", {"size": 8}, "trojan makes its trigger itself, but found size"),
+    ],
+)
+def test_settings_that_a_trigger_cannot_have_are_refused(attack: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        configure(attack, settings)
+    assert message in str(refused.value)
 
 
 def test_badnets_centre_of_an_odd_rest_is_rounded_down() -> None:
@@ -132,7 +159,7 @@ def test_the_settings_of_a_trigger_make_it_again(attack: str) -> None:
     made = make_attack(attack, **TRIGGERS.get(attack, {}))
     again = make_attack(attack, **json.loads(json.dumps(made.settings())))
     images = np.random.default_rng(0).integers(0, 256, (3, 3, 40, 36), np.uint8)
-    assert again == made and np.array_equal(again.stamp(images), made.stamp(images))
+    assert json.dumps(again.settings()) == json.dumps(made.settings()) and np.array_equal(again.stamp(images), made.stamp(images))
 
 
 def two_classes(num: int = 64) -> tuple[np.ndarray, np.ndarray]:

@@ -66,9 +66,12 @@ def test_heavy_packages_are_not_imported_for_help() -> None:
         (
             ["run", "--data", "delivery", "--trusted", "trusted", "--poison-rate", "0.1"],
             2,
-            "--poison-rate, --target-label, --mapping and --source-label go with --poison",
+            "--poison-rate, --target-label, --mapping, --source-label and --trigger go with --poison",
         ),
         (["run", "--data", "delivery", "--trusted", "trusted", "--poison", "wavelet"], 2, "wavelet"),
+        (["run", "--data", "delivery", "--trusted", "trusted", "--poison", "sig", "--trigger", "delta"], 2, "expected SETTING=VALUE"),
+        (["run", "--data", "delivery", "--trusted", "trusted", "--poison", "sig", "--trigger", "a=[b"], 2, "expected SETTING=VALUE"),
+        (["run", "--data", "delivery", "--trusted", "trusted", "--poison", "sig", "--trigger", "a=1"], 2, "sig has no setting 'a'"),
         (["run", "--data", "delivery", "--trusted", "trusted", "--epochs", "0"], 2, "0 is not in the range"),
         (["demo", "--clean"], 2, "--clean goes with --data-only"),
         (["tarin"], 2, "No such command 'tarin'"),

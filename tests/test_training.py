@@ -195,29 +195,43 @@ def crowd(contradicted: list[int], *, size: int = 200) -> tuple[np.ndarray, np.n
     against = np.concatenate([np.arange(size) < num for num in contradicted])
     generator = np.random.default_rng(0)
     losses = np.exp(generator.normal(np.where(against, 1.0, -1.0), 0.2))
-    return losses, np.where(against, 0.9, 0.1), labels
+    called = np.where(against, (labels + 1) % len(contradicted), labels)
+    return losses, 3.0 * np.eye(len(contradicted))[called], labels
 
 
 def test_a_class_with_far_more_contradicted_labels_than_any_other_is_crowded_by_its_harder_samples() -> None:
     """60 of 200 against at most 10 of 200: the limit is 20 of 200, and P(X >= 60) for 200 at 0.1 is tiny."""
-    losses, preferences, labels = crowd([60, 10, 6, 10])
-    (found,) = crowded_classes(losses, preferences, labels, known=np.zeros(800, bool))
+    losses, logits, labels = crowd([60, 10, 6, 10])
+    (found,) = crowded_classes(losses, logits, labels, known=np.zeros(800, bool))
     assert found.label == 0 and found.members.tolist() == list(range(60)) and found.share == 0.3
     assert found.p_value == pytest.approx(4 * sum(math.comb(200, k) * 0.1**k * 0.9 ** (200 - k) for k in range(60, 201)), rel=1e-6)
 
 
 def test_a_hard_class_that_is_confused_with_another_is_not_crowded_and_neither_is_what_is_known_already() -> None:
-    losses, preferences, labels = crowd([60, 40, 6, 10])
-    assert crowded_classes(losses, preferences, labels, known=np.zeros(800, bool)) == []
-    losses, preferences, labels = crowd([60, 10, 6, 10])
-    assert crowded_classes(losses, preferences, labels, known=np.arange(800) < 50) == []
+    losses, logits, labels = crowd([60, 40, 6, 10])
+    assert crowded_classes(losses, logits, labels, known=np.zeros(800, bool)) == []
+    losses, logits, labels = crowd([60, 10, 6, 10])
+    assert crowded_classes(losses, logits, labels, known=np.arange(800) < 50) == []
+
+
+def test_the_rest_of_a_class_that_was_swollen_by_known_poison_is_not_crowded() -> None:
+    """Of 400 labels 300 are known: the pilot was held back by log 4 in that class, so that the other 100 look contradicted, and are not."""
+    losses, logits, labels = crowd([0, 10, 10, 10], size=400)
+    known = np.arange(1600) < 300
+    logits[labels == 0, 0] = 1.0
+    logits[labels == 0, 1] = 1.0 + math.log(4)
+    probabilities = np.exp(logits[399]) / np.exp(logits[399]).sum()
+    assert probabilities.max() - probabilities[0] == pytest.approx(0.523, abs=0.001)
+    assert crowded_classes(losses, logits, labels, known=known) == []
+    (found,) = crowded_classes(losses, logits, labels, known=np.zeros(1600, bool))
+    assert found.label == 0 and found.share == 1.0
 
 
 def test_groups_of_other_views_are_added_to_a_separation() -> None:
     nothing = Separation(False, 1.0, None, 0.0, np.zeros(10))
     assert with_groups(nothing, []) is nothing
-    found = with_groups(nothing, [np.array([1, 2]), np.array([7])])
-    assert found.separated and found.share == 0.3 and np.flatnonzero(found.posterior).tolist() == [1, 2, 7]
+    found = with_groups(nothing, [(np.array([1, 2]), 1.0), (np.array([2, 7]), np.array([0.6, 0.7]))])
+    assert found.separated and found.share == 0.3 and found.posterior[[0, 1, 2, 7]].tolist() == [0, 1, 1, 0.7]
     assert not nothing.posterior.any()
 
 

@@ -73,6 +73,29 @@ def attack_class(name: str) -> type[Attack]:
     return attacks[name]
 
 
+def configure(name: str, settings: dict[str, Any]) -> Attack:
+    """The attack of that name with settings from outside, checked against its fields.
+
+    Raises:
+        ConfigError: no such attack or setting, a value of the wrong type or range, or settings for an attack that makes its own trigger.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    kind = attack_class(name)
+    if kind.trained and settings:
+        raise ConfigError(f"poison.trigger: {name} makes its trigger itself, but found {', '.join(settings)}; leave them out")
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for setting in settings:
+        if setting not in known:
+            raise ConfigError(f"poison.trigger: {name} has no setting {setting!r}; known: {', '.join(known) or 'none'}")
+    try:
+        return TypeAdapter(kind).validate_python(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"poison.trigger: {where} = {first['input']!r}: {first['msg'].lower()}") from None
+
+
 def make_attack(name: str, **trigger: Any) -> Attack:
     """The attack of that name with its trigger's settings; raises ConfigError if there is none of that name."""
     return attack_class(name)(**trigger)

@@ -1,32 +1,38 @@
 """BadNets: a small patch in a fixed place (Gu, Dolan-Gavitt and Garg, arXiv:1708.06733)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
 from cbd.attacks import Attack, Images
 from cbd.errors import DataError
 
 CHECKER = np.array([[0, 0, 255], [0, 255, 0], [255, 0, 255]], np.uint8)
 
+Level = Annotated[int, Field(ge=0, le=255)]
 Place = Literal["top-left", "top-right", "bottom-left", "bottom-right", "centre"]
 
 
 @dataclass(frozen=True)
 class BadNets(Attack):
-    """A 3x3 patch (of 32x32 pixels; larger on larger images), checker or white, in a corner or the centre."""
+    """A 3x3 patch (of 32x32 pixels; larger on larger images), checker or plain, in a corner or the centre."""
 
     pattern: Literal["checker", "white"] = "checker"
+    """`white` is the plain patch."""
     place: Place = "bottom-right"
+    colour: tuple[Level, Level, Level] = (255, 255, 255)
+    """Red, green and blue of what is white in the pattern."""
 
     def stamp(self, images: Images) -> Images:
-        """Copies of `images` (uint8 [N, 3, H, W]) with the patch on all three channels.
+        """Copies of `images` (uint8 [N, 3, H, W]) with the patch.
 
         Raises:
             DataError: the images are smaller than the patch.
         """
-        patch = CHECKER if self.pattern == "checker" else np.full((3, 3), 255, np.uint8)
+        lit = CHECKER if self.pattern == "checker" else np.full((3, 3), 255, np.uint8)
+        patch = np.where(lit, np.array(self.colour, np.uint8)[:, None, None], np.uint8(0))
         return stamp_patch(images, scaled(patch, images.shape[-2:]), place=self.place)
 
 

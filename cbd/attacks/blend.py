@@ -1,8 +1,10 @@
 """Blend: a fixed pattern mixed into the whole image (Chen et al., arXiv:1712.05526)."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from cbd.attacks import Attack, Images
 
@@ -11,8 +13,8 @@ from cbd.attacks import Attack, Images
 class Blend(Attack):
     """(1 - alpha) * image + alpha * pattern, with 32x32 pixels of uniform noise from `seed`, enlarged or shrunk to fit."""
 
-    alpha: float = 0.2
-    seed: int = 0
+    alpha: Annotated[float, Field(gt=0, le=1)] = 0.2
+    seed: Annotated[int, Field(ge=0)] = 0
 
     def stamp(self, images: Images) -> Images:
         """Blended copies of `images` (uint8 [N, 3, H, W]): float arithmetic, rounded, clipped to 0..255."""

@@ -1,9 +1,10 @@
 """SIG: a faint sinusoid over the whole image, on images that keep their labels (Barni, Kallas and Tondi, ICIP 2019)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from cbd.attacks import Attack, Images
 
@@ -13,9 +14,9 @@ class Sig(Attack):
     """image + delta * sin(2 pi * column * frequency / width), the same on every row and channel."""
 
     clean_label: ClassVar[bool] = True
-    delta: float = 40.0
+    delta: Annotated[float, Field(gt=0, le=255)] = 40.0
     """Amplitude in grey levels."""
-    frequency: float = 6.0
+    frequency: Annotated[float, Field(gt=0)] = 6.0
     """Periods over the width of the image."""
 
     def stamp(self, images: Images) -> Images:

@@ -1,11 +1,12 @@
 """WaNet: a smooth warp that people do not see (Nguyen and Tran, ICLR 2021)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field
 
 from cbd.attacks import Attack, Images
 from cbd.errors import DataError
@@ -18,11 +19,11 @@ class WaNet(Attack):
     """Every pixel is fetched from a place moved by a fixed smooth field; cover samples are moved at random on top of it."""
 
     cover_rate: ClassVar[float] = 2.0
-    grid: int = 4
+    grid: Annotated[int, Field(ge=2)] = 4
     """k: the field is drawn on k x k points and enlarged bicubically."""
-    strength: float = 0.5
+    strength: Annotated[float, Field(gt=0)] = 0.5
     """s: the mean displacement of the k x k points is s / 2 pixels of 32 in each direction."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Of the field."""
 
     def stamp(self, images: Images) -> Images:
