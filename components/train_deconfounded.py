@@ -1,5 +1,6 @@
 """Fifth step: the deconfounded model, and the evidence on every sample."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from kfp import dsl
 from cbd.bundle import bundle_digest
 from cbd.config import Params
 from cbd.errors import DataError
-from cbd.files import replacing
+from cbd.files import replacing, sha256_file
 from components.records import kfp_component
 from components.train_confounder import LOSSES, SEPARATION
 from components.training import Loaded, card_of, checkpoint_folder, live_curves, load, teller, write_history
@@ -56,7 +57,7 @@ def train_deconfounded(
             found,
             num_classes=len(data.info.class_names),
             params=params,
-            checkpoint=place / f"deconfounded-{bundle_digest(confounder)[:16]}.safetensors",
+            checkpoint=place / f"deconfounded-{_digest(confounder)[:16]}.safetensors",
             on_epoch=teller("train_deconfounded", curves),
         )
     with replacing(model) as temporary:
@@ -66,6 +67,11 @@ def train_deconfounded(
         temporary.mkdir()
         suspects = _write_evidence(temporary / EVIDENCE, trained, views, data)
     return {"model_digest": bundle_digest(model), "suspects": suspects, "num_images": data.info.num_images}
+
+
+def _digest(confounder: Path) -> str:
+    """SHA-256 (hex) of the confounder's bundle and of what it says of every sample: stage 2 of other evidence is another training."""
+    return hashlib.sha256(f"{bundle_digest(confounder)} {sha256_file(confounder / LOSSES)}".encode()).hexdigest()
 
 
 def _stage_one(confounder: Path, data: Loaded) -> tuple[Any, dict[str, Any]]:
