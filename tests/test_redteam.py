@@ -150,3 +150,33 @@ def test_medians_are_over_seeds_and_the_worst_excess_is_named() -> None:
     head, _, line = redteam_table.medians([*rows, blank | {"attack": "clean", "preset": "cbd", "ca": 0.5}]).splitlines()[:3]
     cells = dict(zip(head.strip("| ").split(" | "), line.strip("| ").split(" | "), strict=True))
     assert (cells["seeds"], cells["excess_asr"], cells["worst"], cells["ca"]) == ("3", "1.0 %", "5.0 %", "-")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("torch_one_thread")
+def test_stage_two_starts_anew_with_other_evidence_on_the_same_confounder(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import pyarrow as pa
+
+    from components.train_confounder import train_confounder
+    from components.train_deconfounded import train_deconfounded
+
+    run(place, capsys, "--attacks", "clean", "--presets", "none")
+    (taken_in,) = (place / "out").glob("taken-in-*")
+    common: dict[str, Any] = {"params": load(params_path=place / "params.yaml", preset=None), "checkpoints": tmp_path / "checkpoints"}
+    train_confounder(taken_in / "dataset", tmp_path / "confounder", **common)
+    made = [
+        train_deconfounded(
+            taken_in / "dataset", tmp_path / "confounder", model=tmp_path / name / "model", evidence=tmp_path / name / "evidence", **common
+        )["model_digest"]
+        for name in ("first", "again")
+    ]
+    losses = pq.read_table(tmp_path / "confounder" / "losses.parquet")
+    column = losses.column_names.index("posterior")
+    changed = losses.set_column(column, "posterior", pa.array(np.arange(len(losses)) % 2, pa.float64()))
+    pq.write_table(changed, tmp_path / "confounder" / "losses.parquet")
+    other = train_deconfounded(
+        taken_in / "dataset", tmp_path / "confounder", model=tmp_path / "other/model", evidence=tmp_path / "other/evidence", **common
+    )
+    assert made[0] == made[1] != other["model_digest"]
