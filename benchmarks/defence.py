@@ -61,8 +61,7 @@ def main() -> int:
     except CbdError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    about = {"date": str(datetime.date.today()), "commit": commit(), "machine": machine()}
-    rows = {row["trial"]: row for row in known} | {row["trial"]: about | row for row in outputs["rows"]}
+    rows = {row["trial"]: row for row in known} | {row["trial"]: about() | row for row in outputs["rows"]}
     write_json(arguments.out, list(rows.values()))
     print(redteam_table.render(outputs["rows"]))
     print(f"\nMedians over seeds, of all in {arguments.out}:\n\n{redteam_table.medians(list(rows.values()))}")
@@ -70,6 +69,11 @@ def main() -> int:
         print(f"\n{said}")
     print(f"wrote {arguments.out} ({len(rows)} rows)")
     return 0
+
+
+def about() -> dict[str, str]:
+    """When, with what code and on what a row was measured."""
+    return {"date": str(datetime.date.today()), "commit": commit(), "machine": machine()}
 
 
 def commit() -> str:

@@ -62,7 +62,8 @@ def redteam(
     """One row for every attack, preset and seed, also written to `out/redteam.parquet`. What was measured before is not measured again.
 
     The preset `none` is plain training. A row's `excess_asr` is its ASR less that of the same trigger on a model that was trained without
-    defence on the data as taken in; `der` compares with the undefended model of the same attack and seed. Both of these are trained too.
+    defence on the data as taken in, which is trained too. `der` compares with the undefended model of the same attack and seed; without
+    `none` among the presets it is None.
 
     Args:
         taken_in: folder with `dataset` and `trusted_set`, as `ingest` writes it.
@@ -91,8 +92,10 @@ def redteam(
             copies = _poisoned(taken_in / "dataset", trial, out)
             source = (copies[-1] if copies else taken_in) / "dataset"
             clean = _train(taken_in / "dataset", Trial(None, "none", plain), out)
-            undefended = _train(source, Trial(attack, "none", plain), out) if copies else clean
-            trained = undefended if preset == "none" else _train(source, trial, out, copies)
+            undefended = None
+            if "none" in presets:
+                undefended = _train(source, Trial(attack, "none", plain), out) if copies else clean
+            trained = undefended if preset == "none" and undefended else _train(source, trial, out, copies)
             measured[name] = {"trial": name} | _row(trial, trained, clean, undefended, copies, taken_in / "trusted_set")
         rows.append(measured[name])
         _write_table(rows, out / TABLE)
@@ -175,7 +178,7 @@ def _train(source: Path, trial: Trial, out: Path, copies: Sequence[Path] = ()) -
     return folder
 
 
-def _row(trial: Trial, trained: Path, clean: Path, undefended: Path, copies: list[Path], trusted_set: Path) -> dict[str, Any]:
+def _row(trial: Trial, trained: Path, clean: Path, undefended: Path | None, copies: list[Path], trusted_set: Path) -> dict[str, Any]:
     """The row of a trial; of several attacks that with the highest excess."""
     from cbd.dataset import load_samples, read_truth
     from cbd.evaluate import defence_effectiveness
@@ -188,9 +191,9 @@ def _row(trial: Trial, trained: Path, clean: Path, undefended: Path, copies: lis
         return dict(zip(COLUMNS, known, strict=True)) | _detected(trained, truths) | {"seconds": seconds}
     rows = []
     for truth in truths:
-        measured = _measure([trained, undefended, clean], truth, samples, trusted_set)
-        (ca, asr, kept), (plain_ca, plain_asr, _), (_, harmless, _) = measured
-        effect = defence_effectiveness(ca=ca, asr=asr, undefended_ca=plain_ca, undefended_asr=plain_asr)
+        compared = [trained, clean, *([undefended] if undefended else [])]
+        (ca, asr, kept), (_, harmless, _), *plain = _measure(compared, truth, samples, trusted_set)
+        effect = defence_effectiveness(ca=ca, asr=asr, undefended_ca=plain[0][0], undefended_asr=plain[0][1]) if plain else None
         known = (trial.attack, trial.preset, trial.params.seed, sum(truth.poison_rate for truth in truths), truth.target_label)
         rows.append(dict(zip(COLUMNS, (*known, ca, asr, asr - harmless, kept, effect), strict=True)))
     return max(rows, key=lambda row: float(row["excess_asr"])) | _detected(trained, truths) | {"seconds": seconds}

@@ -12,7 +12,7 @@ SUMMED = ("ca", "asr", "excess_asr", "der", "suspects", "auroc", "tpr_at_1_perce
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
     """One line for every row."""
-    return _table([*COLUMNS[:4], *COLUMNS[5:], *DETECTION, "seconds"], rows)
+    return table([*COLUMNS[:4], *COLUMNS[5:], *DETECTION, "seconds"], rows)
 
 
 def medians(rows: Sequence[dict[str, Any]]) -> str:
@@ -26,10 +26,11 @@ def medians(rows: Sequence[dict[str, Any]]) -> str:
         line = {"attack": attack, "poison_rate": rate, "preset": preset, "seeds": len(of)}
         line |= {name: statistics.median(values) if values else None for name, values in known.items()}
         lines.append(line | {"worst": max(known["excess_asr"], default=None)})
-    return _table(["attack", "poison_rate", "preset", "seeds", "ca", "asr", "excess_asr", "worst", *SUMMED[3:]], lines)
+    return table(["attack", "poison_rate", "preset", "seeds", "ca", "asr", "excess_asr", "worst", *SUMMED[3:]], lines)
 
 
-def _table(names: list[str], rows: Sequence[dict[str, Any]]) -> str:
+def table(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a column for each name, a line for each row."""
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     return "\n".join([*lines, *("| " + " | ".join(_cell(name, row[name]) for name in names) + " |" for row in rows)])
 

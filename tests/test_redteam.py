@@ -98,6 +98,7 @@ def test_threat_models_and_other_defences_have_rows_too(place: Path, capsys: pyt
     assert {"badnets", "blend"} <= copies
     code, told, _ = run(place, capsys, "--attacks", "badnets", "--presets", "abl,vb,random-filter")
     assert code == 0 and [row["preset"] for row in told["rows"]] == ["abl", "vb", "random-filter"]
+    assert {row["der"] for row in told["rows"]} == {None}  # nothing to compare with was asked for
 
 
 @pytest.mark.slow
