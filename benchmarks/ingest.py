@@ -65,7 +65,7 @@ def main() -> int:
 
 def load(data: str, limit: int) -> tuple[list[bytes], list[str]]:
     """The encoded images and the names of all classes."""
-    with read_delivery(data, name="delivery", max_file_bytes=Ingest().max_file_bytes, limit=limit) as delivery:
+    with read_delivery(data, name="delivery", limits=Ingest(), limit=limit) as delivery:
         files = [file for file in delivery.files if file.data is not None and file.label_name is not None]
     names = delivery.class_names or sorted({str(file.label_name) for file in files})
     return [file.data for file in files if file.data is not None], list(names)

@@ -28,6 +28,8 @@ class Ingest(Section):
 
     max_file_bytes: int = Field(default=64 * 2**20, gt=0)
     """A larger file goes to the quarantine unread."""
+    max_archive_expansion: float = Field(default=100.0, gt=1)
+    """An archive that holds more than this many times its own size (and more than 64 MiB) is a decompression bomb, and refused whole."""
     max_pixels: int = Field(default=50_000_000, gt=0)
     """An image whose header announces more pixels is a decompression bomb; it is never decoded."""
     min_per_class: int = Field(default=2, ge=1)

@@ -1,6 +1,8 @@
-"""What a supplier sent, file by file: class folders of images or Parquet, from a local path or `s3://`. Nothing is decoded here."""
+"""What a supplier sent, file by file, in whichever form, from a local path or `s3://`. Nothing is decoded here."""
 
 import contextlib
+import functools
+import itertools
 import os
 import stat
 import tempfile
@@ -9,51 +11,140 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from cbd.config import Ingest
 from cbd.dataset import INFO
 from cbd.errors import DataError
 from cbd.images import Refused
+from components.archives import Archive, has_suffix, open_archive
+from components.manifests import find_manifest, is_webdataset, read_manifest, read_webdataset
 from components.object_store import open_store
 from components.parquet_delivery import read_shards
-from components.rawfiles import FORMS, Delivery, RawFile, printable, too_large
+from components.rawfiles import FORMS, Delivery, Entry, RawFile, printable, too_large
 
 
-class Entry(NamedTuple):
-    """A file in a listing: its path below the root, with `/`, as the file system or the object store spells it."""
+class _Source(NamedTuple):
+    """Where files are read from, whatever it is."""
 
-    path: str
-    num_bytes: int
-    refusal: Refused | None = None
+    entries: Sequence[Entry]
+    read: Callable[[str], bytes]
+    """The bytes of a listed file; raises Refused."""
+    place: Callable[[str], Path]
+    """Where a listed file can be opened."""
 
 
 @contextlib.contextmanager
-def read_delivery(uri: str, *, name: str, max_file_bytes: int, limit: int = 0) -> Iterator[Delivery]:
+def read_delivery(uri: str, *, name: str, limits: Ingest, limit: int = 0) -> Iterator[Delivery]:
     """An open delivery whose every file will be told, readable or not.
 
     Args:
         uri: local path or `s3://bucket/prefix`.
         name: what to call it in errors: `delivery` or `trusted set`.
-        max_file_bytes: a larger file is refused unread.
+        limits: a larger file is refused unread, an archive that expands too far is refused whole.
         limit: only the first so many (of class folders: by turns from each class); 0 for all.
 
     Raises:
-        DataError: nothing there, or it is neither class folders nor Parquet.
+        DataError: nothing there, or none of the known forms, or a damaged manifest, shard or archive.
         EnvironmentFault: the object store is out of reach.
     """
     told = f"{name} {uri!r}"
     with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cbd-delivery-")))
         if uri.startswith("s3://"):
             store = open_store(uri, told=told)
-            entries = [Entry(key, num_bytes) for key, num_bytes in store.list()]
-            fetched = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cbd-delivery-")))
-            place, read = (lambda path: store.download(path, fetched)), store.read
+            source = _Source([Entry(*item) for item in store.list()], store.read, lambda path: store.download(path, folder))
         else:
             root, entries = _list_local(uri, told)
-            place, read = root.__truediv__, lambda path: _read_local(root / path, max_file_bytes)
-        if _holds_shards(entries):
-            yield read_shards(_open_shards(entries, place), told=told, max_file_bytes=max_file_bytes, limit=limit)
-        else:
-            chosen = _by_turns(entries, limit) if limit else sorted(entries)
-            yield Delivery((_raw_file(entry, read, max_file_bytes) for entry in chosen), len(chosen), None)
+            source = _Source(entries, lambda path: _read_local(root / path, limits.max_file_bytes), root.__truediv__)
+        yield _open(source, _Opening(told, limits, limit, folder, stack))
+
+
+class _Opening(NamedTuple):
+    """What is the same for all parts of a delivery that is being opened."""
+
+    told: str
+    limits: Ingest
+    limit: int
+    folder: Path
+    """For temporary files of ours."""
+    stack: contextlib.ExitStack
+    """Closes archives when the delivery is closed."""
+    inside: bool = False
+    """Within an archive; those in it are not opened."""
+
+
+def _open(source: _Source, opening: _Opening) -> Delivery:
+    """The delivery in `source`, in whichever form it has."""
+    entries, limits, limit, told = source.entries, opening.limits, opening.limit, opening.told
+    raw = functools.partial(_raw_file, read=source.read, max_file_bytes=limits.max_file_bytes)
+    if _holds_shards(entries):
+        shards = _open_shards(entries, source.place)
+        return read_shards(shards, told=told, max_file_bytes=limits.max_file_bytes, limit=limit)
+    if manifest := find_manifest(entries):
+        return _first(read_manifest(manifest, entries, source.read, told=told, raw=raw), limit)
+    if _holds_archives(entries) and not opening.inside:
+        inner = opening._replace(inside=True, limit=limit if len(entries) == 1 else 0)
+        return _first(_join([_open_inner(entry, source, inner) for entry in sorted(entries, key=_path)]), limit)
+    if is_webdataset(entries):
+        return _first(read_webdataset(entries, source.read, raw=raw), limit)
+    chosen = _by_turns(entries, limit) if limit else sorted(entries, key=_path)
+    return Delivery(map(raw, chosen), len(chosen), None)
+
+
+def _open_inner(entry: Entry, source: _Source, opening: _Opening) -> Delivery:
+    """The delivery in one of several archives; its paths begin with the archive's name."""
+    if entry.refusal or not has_suffix(entry.path):
+        stray = RawFile(
+            printable(entry.path), None, None, entry.num_bytes, entry.refusal or Refused("not-an-archive", "only archives here")
+        )
+        return Delivery(iter([stray]), 1, None)
+    told = f"{opening.told}: {printable(entry.path)!r}"
+    archive = opening.stack.enter_context(
+        open_archive(source.place(entry.path), told=told, folder=opening.folder, max_expansion=opening.limits.max_archive_expansion)
+    )
+    inner = _open(_of_archive(archive, opening), opening._replace(told=told))
+    prefixed = (file._replace(original_path=f"{printable(entry.path)}/{file.original_path}") for file in inner.files)
+    return Delivery(prefixed, inner.total, inner.class_names)
+
+
+def _of_archive(archive: Archive, opening: _Opening) -> _Source:
+    """The archive as a source; a single folder around all class folders is left out of the paths."""
+    tops = {entry.path.partition("/")[0] for entry in archive.entries}
+    around = f"{tops.pop()}/" if len(tops) == 1 and all("/" in entry.path for entry in archive.entries) else ""
+    inside = [entry._replace(path=entry.path.removeprefix(around)) for entry in archive.entries]
+    if not _describes_itself(inside):
+        folders = {entry.path.partition("/")[0] for entry in inside if "/" in entry.path}
+        if len(folders) < 2 or not all("/" in entry.path for entry in inside):
+            around, inside = "", archive.entries  # it is the one class that this archive holds
+    limit = opening.limits.max_file_bytes
+    return _Source(inside, lambda path: archive.read(around + path, limit), lambda path: archive.place(around + path, opening.folder))
+
+
+def _describes_itself(entries: Sequence[Entry]) -> bool:
+    """Whether the form needs no class folders."""
+    return _holds_shards(entries) or find_manifest(entries) is not None or is_webdataset(entries)
+
+
+def _path(entry: Entry) -> str:
+    return entry.path
+
+
+def _holds_archives(entries: Sequence[Entry]) -> bool:
+    """Whether a listing is archives: no folder, and something that is called like one."""
+    return not any("/" in entry.path for entry in entries) and any(has_suffix(entry.path) for entry in entries)
+
+
+def _join(parts: Sequence[Delivery]) -> Delivery:
+    names = {part.class_names for part in parts} - {None}
+    return Delivery(
+        itertools.chain.from_iterable(part.files for part in parts),
+        sum(part.total for part in parts),
+        names.pop() if len(names) == 1 else None,
+    )
+
+
+def _first(delivery: Delivery, limit: int) -> Delivery:
+    """Only the first `limit` files; 0 for all."""
+    return Delivery(itertools.islice(delivery.files, limit), min(limit, delivery.total), delivery.class_names) if limit else delivery
 
 
 def _list_local(uri: str, told: str) -> tuple[Path, list[Entry]]:
@@ -63,8 +154,8 @@ def _list_local(uri: str, told: str) -> tuple[Path, list[Entry]]:
         raise DataError(f"{told}: this kind of address is not read; {FORMS}")
     if root.is_file():
         with root.open("rb") as file:
-            if file.read(4) != b"PAR1":
-                raise DataError(f"{told}: a single file must be Parquet; {FORMS}")
+            if file.read(4) != b"PAR1" and not has_suffix(root.name):
+                raise DataError(f"{told}: a single file must be Parquet, tar or zip; {FORMS}")
         return root.parent, [Entry(root.name, root.stat().st_size)]
     if not root.is_dir():
         raise DataError(f"{told}: no such file or folder; {FORMS}")
@@ -101,7 +192,7 @@ def _holds_shards(entries: Sequence[Entry]) -> bool:
 
 def _open_shards(entries: Sequence[Entry], place: Callable[[str], Path]) -> Iterator[tuple[str, Path | Refused, int]]:
     """Each file of a Parquet delivery with where it lies, or why it is not read; our own `dataset.json` beside shards is no data."""
-    for entry in sorted(entries):
+    for entry in sorted(entries, key=_path):
         if entry.path == INFO:
             continue
         stray = Refused("not-a-shard", "only .parquet files are read here")
@@ -113,14 +204,14 @@ def _by_turns(entries: Sequence[Entry], limit: int) -> list[Entry]:
     """The first `limit` files, one from each top folder in turn, in the order of their paths."""
     seen: Counter[str] = Counter()
     turns = []
-    for entry in sorted(entries):
+    for entry in sorted(entries, key=_path):
         folder = entry.path.partition("/")[0]
         turns.append((seen[folder], entry))
         seen[folder] += 1
-    return sorted(entry for _, entry in sorted(turns)[:limit])
+    return sorted((entry for _, entry in sorted(turns, key=lambda turn: turn[0])[:limit]), key=_path)
 
 
-def _raw_file(entry: Entry, read: Callable[[str], bytes], max_file_bytes: int) -> RawFile:
+def _raw_file(entry: Entry, *, read: Callable[[str], bytes], max_file_bytes: int) -> RawFile:
     label, slash, _ = entry.path.partition("/")
     raw = RawFile(printable(entry.path), printable(label) if slash else None, None, entry.num_bytes, entry.refusal)
     if raw.refusal:

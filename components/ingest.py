@@ -92,7 +92,7 @@ def _take_in(uri: str, name: str, params: Ingest, *, folder: Path, source: str, 
     """The staged delivery and the class names in its metadata."""
     prefix = "" if name == "delivery" else "trusted-"
     told = functools.partial(progress, "ingest", note=name)
-    with warnings.catch_warnings(), read_delivery(uri, name=name, max_file_bytes=params.max_file_bytes, limit=limit) as delivery:
+    with warnings.catch_warnings(), read_delivery(uri, name=name, limits=params, limit=limit) as delivery:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # they speak of metadata; faults of pixels are errors
         intake = take_in(delivery, folder=folder, prefix=prefix, source=source, max_pixels=params.max_pixels, told=told)
     if intake.delivered == 0:

@@ -6,7 +6,18 @@ from typing import NamedTuple
 
 from cbd.images import Refused
 
-FORMS = "give a folder of class folders, a Parquet file or folder of Parquet shards, or s3://bucket/prefix of either"
+FORMS = (
+    "give a folder of class folders or of images with a manifest.csv or .jsonl, Parquet shards, tar or zip archives of these, "
+    "WebDataset shards, or s3://bucket/prefix of any of them"
+)
+
+
+class Entry(NamedTuple):
+    """A file in a listing: its path below the root, with `/`, as the file system, archive or object store spells it."""
+
+    path: str
+    num_bytes: int
+    refusal: Refused | None = None
 
 
 class RawFile(NamedTuple):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--data", required=True, help="Delivery: class folders, Parquet (Hugging Face images), local or s3://.")
+@click.option("--data", required=True, help="Delivery: class folders, manifest, Parquet, tar, zip or WebDataset; local or s3://.")
 @click.option("--trusted", required=True, help="Trusted set that does not come from the supplier.")
 @out_option
 @click.option("--supplier", default="unnamed", show_default=True, help="Who delivered the data.")
@@ -142,7 +142,7 @@ def predict(model: str, data: str, out: Path, workspace: Path, as_json: bool) ->
 
 
 @click.command()
-@click.option("--data", required=True, help="Clean delivery to be poisoned: class folders, Parquet, local or s3://.")
+@click.option("--data", required=True, help="Clean delivery to be poisoned, in any form that `cbd run` reads.")
 @click.option("--trusted", required=True, help="Trusted set.")
 @click.option(
     "--attacks", default="badnets", show_default=True, help=f"Comma-separated, or all: {', '.join(ATTACKS)}. Also {', '.join(VARIANTS)}."

@@ -51,7 +51,7 @@ def demo(out: Path, baseline: bool, data_only: bool, clean: bool, as_json: bool,
 
 
 @cbd.command()
-@click.option("--data", help="Delivery: class folders, Parquet (Hugging Face images), local or s3://.  [required]")
+@click.option("--data", help="Delivery: class folders, manifest, Parquet, tar, zip or WebDataset; local or s3://.  [required]")
 @click.option("--trusted", help="Trusted set that does not come from the supplier.  [required]")
 @workspace_option
 @click.option("--name", default="model", show_default=True, help="Name of the registered model.")

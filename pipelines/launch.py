@@ -99,7 +99,7 @@ def check_uri(option: str, uri: str) -> None:
         DataError: with the option to mend.
     """
     if not uri.startswith("s3://") and not Path(uri).exists():
-        raise DataError(f"{option} {uri}: no such file or folder; give class folders of images, Parquet, or s3://bucket/prefix")
+        raise DataError(f"{option} {uri}: no such file or folder; give class folders of images, Parquet, an archive, or s3://bucket/prefix")
 
 
 def check_workspace(workspace: Path) -> None:

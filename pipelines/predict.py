@@ -83,7 +83,7 @@ def predict(model: str, data: str, out: Path, *, workspace: Path) -> dict[str, A
 
 def _items(data: str, image_size: int, refused: "Counter[str]") -> Iterator[Item]:
     limits = Ingest()
-    with read_delivery(data, name="--data", max_file_bytes=limits.max_file_bytes) as delivery:
+    with read_delivery(data, name="--data", limits=limits) as delivery:
         for raw in delivery.files:
             try:
                 content = raw.data if raw.data is not None else _read_flat(data, raw, limits.max_file_bytes)

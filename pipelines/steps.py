@@ -145,7 +145,7 @@ def _take_in(delivery: str, out: Path, class_names: tuple[str, ...], params: Par
             except Refused as refusal:
                 print(f"left out: {printable(raw.original_path)}: {refusal.reason}", file=sys.stderr)
 
-    with read_delivery(delivery, name="trusted set", max_file_bytes=params.ingest.max_file_bytes) as opened:
+    with read_delivery(delivery, name="trusted set", limits=params.ingest) as opened:
         write_dataset(out, to_batches(rows()), class_names=class_names, supplier="trusted")
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 from delivery_files import png, write_classes, write_parquet
 
+from cbd.config import Ingest
 from cbd.errors import DataError
 from components.delivery import read_delivery
 from components.rawfiles import RawFile
 
 
 def read(uri: Path | str, limit: int = 0, max_file_bytes: int = 10_000) -> list[RawFile]:
-    with read_delivery(str(uri), name="delivery", max_file_bytes=max_file_bytes, limit=limit) as delivery:
+    with read_delivery(str(uri), name="delivery", limits=Ingest(max_file_bytes=max_file_bytes), limit=limit) as delivery:
         files = list(delivery.files)
         assert len(files) == delivery.total
     return files
@@ -87,7 +88,7 @@ def test_a_limit_takes_from_each_class_in_turn(tmp_path: Path) -> None:
 
 def test_parquet_rows_are_told_with_their_class_names(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", [(png(0), 1), (png(1), 0), (None, 0), (png(3), 7), (png(4), None)], names=["no", "yes"])
-    with read_delivery(str(path), name="delivery", max_file_bytes=10_000) as delivery:
+    with read_delivery(str(path), name="delivery", limits=Ingest(max_file_bytes=10_000)) as delivery:
         files = list(delivery.files)
         assert delivery.class_names == ("no", "yes") and delivery.total == 5
     assert [f.label_name for f in files] == ["yes", "no", "no", None, None]
@@ -148,6 +149,6 @@ def test_a_missing_place_is_named_with_the_fix(uri: str, found: str) -> None:
 
 
 def test_a_single_file_must_be_parquet(tmp_path: Path) -> None:
-    (tmp_path / "x.zip").write_bytes(b"PK\3\4")
+    (tmp_path / "x.bin").write_bytes(b"PK\3\4")
     with pytest.raises(DataError, match="a single file must be Parquet"):
-        read(tmp_path / "x.zip")
+        read(tmp_path / "x.bin")

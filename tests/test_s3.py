@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from delivery_files import LIMITS, OPTIONS, places, png, write_classes, write_parquet
 
+from cbd.config import Ingest
 from cbd.errors import CbdError, DataError, EnvironmentFault
 from components.delivery import read_delivery
 from components.ingest import ingest
@@ -39,7 +40,7 @@ def upload(client: Any, bucket: str, folder: Path, prefix: str) -> None:
 
 
 def files(uri: str) -> dict[str, tuple[str | None, bytes | None, str | None]]:
-    with read_delivery(uri, name="delivery", max_file_bytes=10_000) as delivery:
+    with read_delivery(uri, name="delivery", limits=Ingest(max_file_bytes=10_000)) as delivery:
         return {f.original_path: (f.label_name, f.data, f.refusal.reason if f.refusal else None) for f in delivery.files}
 
 
