@@ -7,9 +7,9 @@ import os
 import stat
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cbd.config import Ingest
 from cbd.dataset import INFO
@@ -17,7 +17,7 @@ from cbd.errors import DataError
 from cbd.images import Refused
 from components.archives import Archive, has_suffix, open_archive
 from components.manifests import find_manifest, is_webdataset, read_manifest, read_webdataset
-from components.object_store import open_store
+from components.object_store import open_store, read_ahead
 from components.parquet_delivery import read_shards
 from components.rawfiles import FORMS, Delivery, Entry, RawFile, printable, too_large
 
@@ -30,6 +30,8 @@ class _Source(NamedTuple):
     """The bytes of a listed file; raises Refused."""
     place: Callable[[str], Path]
     """Where a listed file can be opened."""
+    walk: Callable[[Callable[[Any], RawFile], Iterable[Any]], Iterator[RawFile]] = map
+    """Applies a function that reads to many items, in their order."""
 
 
 @contextlib.contextmanager
@@ -51,7 +53,7 @@ def read_delivery(uri: str, *, name: str, limits: Ingest, limit: int = 0) -> Ite
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cbd-delivery-")))
         if uri.startswith("s3://"):
             store = open_store(uri, told=told)
-            source = _Source([Entry(*item) for item in store.list()], store.read, lambda path: store.download(path, folder))
+            source = _Source([Entry(*item) for item in store.list()], store.read, lambda path: store.download(path, folder), read_ahead)
         else:
             root, entries = _list_local(uri, told)
             source = _Source(entries, lambda path: _read_local(root / path, limits.max_file_bytes), root.__truediv__)
@@ -80,14 +82,14 @@ def _open(source: _Source, opening: _Opening) -> Delivery:
         shards = _open_shards(entries, source.place)
         return read_shards(shards, told=told, max_file_bytes=limits.max_file_bytes, limit=limit)
     if manifest := find_manifest(entries):
-        return _first(read_manifest(manifest, entries, source.read, told=told, raw=raw), limit)
+        return _first(read_manifest(manifest, entries, source.read, told=told, raw=raw, walk=source.walk), limit)
     if _holds_archives(entries) and not opening.inside:
         inner = opening._replace(inside=True, limit=limit if len(entries) == 1 else 0)
         return _first(_join([_open_inner(entry, source, inner) for entry in sorted(entries, key=_path)]), limit)
     if is_webdataset(entries):
         return _first(read_webdataset(entries, source.read, raw=raw), limit)
     chosen = _by_turns(entries, limit) if limit else sorted(entries, key=_path)
-    return Delivery(map(raw, chosen), len(chosen), None)
+    return Delivery(source.walk(raw, chosen), len(chosen), None)
 
 
 def _open_inner(entry: Entry, source: _Source, opening: _Opening) -> Delivery:

@@ -2,8 +2,9 @@
 
 import csv
 import io
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from cbd.errors import DataError
@@ -14,9 +15,9 @@ NAMES = ("manifest.csv", "manifest.jsonl", "metadata.csv", "metadata.jsonl")
 """At the root of a delivery; the last two are the Hugging Face convention for image folders."""
 PATHS, LABELS = ("file_name", "path", "image"), ("label", "class", "class_name")
 """What its columns may be called, the first that is there."""
-MAX_MANIFEST_BYTES = 2**30
 _CLS = "cls"
 Read = Callable[[str], bytes]
+Walk = Callable[[Callable[[Any], RawFile], Iterable[Any]], Iterator[RawFile]]
 
 
 def find_manifest(entries: Sequence[Entry]) -> Entry | None:
@@ -24,7 +25,9 @@ def find_manifest(entries: Sequence[Entry]) -> Entry | None:
     return next((entry for name in NAMES for entry in entries if entry.path == name and entry.refusal is None), None)
 
 
-def read_manifest(manifest: Entry, entries: Sequence[Entry], read: Read, *, told: str, raw: Callable[[Entry], RawFile]) -> Delivery:
+def read_manifest(
+    manifest: Entry, entries: Sequence[Entry], read: Read, *, told: str, raw: Callable[[Entry], RawFile], walk: Walk = map
+) -> Delivery:
     """A file for every row, with its label; then every file that no row names.
 
     Args:
@@ -33,6 +36,7 @@ def read_manifest(manifest: Entry, entries: Sequence[Entry], read: Read, *, told
         read: gives the manifest's bytes.
         told: what to call the delivery in errors.
         raw: reads the image of an entry.
+        walk: applies a function that reads to many items, in their order.
 
     Raises:
         DataError: the manifest is no such file, or lacks a column.
@@ -42,13 +46,15 @@ def read_manifest(manifest: Entry, entries: Sequence[Entry], read: Read, *, told
     named = {path for path, _ in rows if path is not None}
     strays = [entry for path, entry in sorted(listed.items()) if path not in named]
 
-    def files() -> Iterator[RawFile]:
-        for number, (path, label) in enumerate(rows, 1):
-            yield _labelled(listed.get(path or ""), path, label, number, raw)
-        for entry in strays:
-            yield raw(entry)._replace(label_name=None, refusal=entry.refusal or Refused("not-in-manifest", "no row names this file"))
+    def labelled(row: tuple[int, tuple[str | None, Any]]) -> RawFile:
+        number, (path, label) = row
+        return _labelled(listed.get(path or ""), path, label, number, raw)
 
-    return Delivery(files(), len(rows) + len(strays), None)
+    def stray(entry: Entry) -> RawFile:
+        return raw(entry)._replace(label_name=None, refusal=entry.refusal or Refused("not-in-manifest", "no row names this file"))
+
+    files = itertools.chain(walk(labelled, enumerate(rows, 1)), walk(stray, strays))
+    return Delivery(files, len(rows) + len(strays), None)
 
 
 def _labelled(entry: Entry | None, path: str | None, label: Any, number: int, raw: Callable[[Entry], RawFile]) -> RawFile:

@@ -1,13 +1,38 @@
-"""Plain reading from S3 or anything that speaks its protocol; the endpoint and keys come from boto3's usual chain."""
+"""Reading from S3 or anything that speaks its protocol; the endpoint and keys come from boto3's usual chain.
+
+What is read is what was listed: every request carries the listed ETag, so that an object that changed in between is an error.
+"""
 
 import contextlib
+import hashlib
+import re
 import uuid
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from cbd.errors import DataError, EnvironmentFault
+from components.rawfiles import printable
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+ATTEMPTS = 3
+"""At reading the body of an object; botocore repeats requests, but not a body that breaks off."""
+WORKERS = 8
+"""Objects that are read at the same time, and parts of a large one."""
+_PLAIN_ETAG = re.compile(r'"([0-9a-f]{32})"')
+"""The MD5 of the object; of an upload in parts the ETag is something else."""
+
+
+class StoredObject(NamedTuple):
+    """An object as it was listed."""
+
+    key: str
+    num_bytes: int
+    etag: str
 
 
 @dataclass(slots=True)
@@ -19,8 +44,8 @@ class Store:
     prefix: str
     told: str
     """What to call it in errors."""
-    keys: dict[str, str] = field(default_factory=dict)
-    """Path below the prefix: key, of everything listed."""
+    objects: dict[str, StoredObject] = field(default_factory=dict)
+    """By path below the prefix, everything listed."""
 
     def list(self) -> list[tuple[str, int]]:
         """Path below the prefix and bytes of every object; folder markers are no objects. The prefix itself may be one object."""
@@ -30,30 +55,93 @@ class Store:
                 for item in page.get("Contents", ()):
                     path = self._path(item["Key"])
                     if path and not (path.endswith("/") and item["Size"] == 0):
-                        self.keys[path] = item["Key"]
+                        self.objects[path] = StoredObject(item["Key"], int(item["Size"]), item["ETag"])
                         found.append((path, int(item["Size"])))
         if not found:
             raise DataError(f"{self.told}: no objects there; check the bucket and prefix")
         return found
 
     def read(self, path: str) -> bytes:
-        """The whole of a listed object."""
-        with _faults(self):
-            data: bytes = self.client.get_object(Bucket=self.bucket, Key=self.keys[path])["Body"].read()
-            return data
+        """The whole of a listed object, checked against its listed size and MD5; a body that breaks off is read again.
+
+        Raises:
+            DataError: the object changed since it was listed, or vanished.
+            EnvironmentFault: the store is out of reach, or delivers other bytes than it lists.
+        """
+        from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+        listed = self.objects[path]
+        with _faults(self, path):
+            for left in reversed(range(ATTEMPTS)):
+                try:
+                    response = self.client.get_object(Bucket=self.bucket, Key=listed.key, IfMatch=listed.etag)
+                    data: bytes = response["Body"].read()
+                except (HTTPClientError, IncompleteReadError):
+                    if not left:
+                        raise
+                else:
+                    break
+        self._check(path, hashlib.md5(data, usedforsecurity=False).hexdigest(), len(data), response.get("ServerSideEncryption"))
+        return data
 
     def download(self, path: str, folder: Path) -> Path:
-        """Where in `folder` a listed object now lies, under a name of ours."""
-        target = folder / uuid.uuid4().hex
-        with _faults(self):
-            self.client.download_file(self.bucket, self.keys[path], str(target))
+        """Where in `folder` a listed object now lies, under a name of ours; a large one is read in parts at the same time.
+
+        Raises:
+            DataError, EnvironmentFault: as `read`.
+        """
+        from s3transfer.manager import TransferConfig, TransferManager
+
+        target, listed = folder / uuid.uuid4().hex, self.objects[path]
+        with _faults(self, path), TransferManager(self.client, TransferConfig(max_request_concurrency=WORKERS)) as manager:
+            manager.download(self.bucket, listed.key, str(target), subscribers=[_AsListed(listed)]).result()
+        if target.stat().st_size != listed.num_bytes:
+            raise EnvironmentFault(_other_bytes(self.told, path))
         return target
+
+    def _check(self, path: str, md5: str, num_bytes: int, encryption: str | None) -> None:
+        """Raises EnvironmentFault unless these bytes are the listed ones; the ETag of objects under a KMS key is no MD5."""
+        listed = self.objects[path]
+        plain = _PLAIN_ETAG.fullmatch(listed.etag) if encryption in (None, "AES256") else None
+        if num_bytes != listed.num_bytes or (plain and plain[1] != md5):
+            raise EnvironmentFault(_other_bytes(self.told, path))
 
     def _path(self, key: str) -> str | None:
         if key == self.prefix:
             return key.rpartition("/")[2]
         below = f"{self.prefix}/" if self.prefix else ""
         return key[len(below) :] if key.startswith(below) else None
+
+
+class _AsListed:
+    """Tells a download what was listed, so that it need not ask again and refuses anything else."""
+
+    def __init__(self, listed: StoredObject) -> None:
+        self.listed = listed
+
+    def on_queued(self, future: Any, **_: Any) -> None:
+        future.meta.provide_transfer_size(self.listed.num_bytes)
+        future.meta.provide_object_etag(self.listed.etag)
+
+
+def read_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`function` of every item, in their order; a few calls ahead run in threads, and no more than that are held."""
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(WORKERS) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= 2 * WORKERS:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _other_bytes(told: str, path: str) -> str:
+    return f"{told}: {printable(path)!r}: the object store delivers other bytes than it lists; check the store"
 
 
 def open_store(uri: str, *, told: str) -> Store:
@@ -71,31 +159,36 @@ def open_store(uri: str, *, told: str) -> Store:
 
 
 @contextlib.contextmanager
-def _faults(store: Store) -> Iterator[None]:
-    """Turns what boto3 raises into one line."""
+def _faults(store: Store, path: str | None = None) -> Iterator[None]:
+    """Turns what boto3 raises into one line; `path` is the object that is read."""
     from boto3.exceptions import Boto3Error
     from botocore import exceptions
+    from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
 
     try:
         yield
     except exceptions.ClientError as error:
-        raise _refused_by_server(store, error) from None
+        raise _refused_by_server(store, error, path) from None
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.ProfileNotFound):
         raise EnvironmentFault(f"{store.told}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile") from None
     except exceptions.ParamValidationError:
         raise DataError(f"{store.told}: {store.bucket!r} is no valid bucket name; write s3://bucket/prefix") from None
-    except (exceptions.BotoCoreError, Boto3Error, ValueError) as error:
+    except S3DownloadFailedError:
+        raise DataError(f"{store.told}: {printable(path or '')!r} changed while it was read; deliver it again") from None
+    except (exceptions.BotoCoreError, Boto3Error, RetriesExceededError, ValueError) as error:
         text = " ".join(str(error).split())[:160]
         raise EnvironmentFault(f"{store.told}: object store out of reach: {text}; check AWS_ENDPOINT_URL and the network") from None
 
 
-def _refused_by_server(store: Store, error: Any) -> DataError | EnvironmentFault:
+def _refused_by_server(store: Store, error: Any, path: str | None) -> DataError | EnvironmentFault:
     code = str(error.response.get("Error", {}).get("Code", "unknown"))
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     if code == "NoSuchBucket":
         return DataError(f"{store.told}: there is no bucket {store.bucket!r}; check the address and AWS_ENDPOINT_URL")
     if code in ("NoSuchKey", "404") or status == 404:
-        return DataError(f"{store.told}: an object vanished while it was read ({code}); deliver it again")
+        return DataError(f"{store.told}: {printable(path or '')!r} vanished while it was read ({code}); deliver it again")
+    if code == "PreconditionFailed" or status == 412:
+        return DataError(f"{store.told}: {printable(path or '')!r} changed while it was read; deliver it again")
     if status in (401, 403):
         return EnvironmentFault(f"{store.told}: the object store refuses these credentials ({code}); check the keys and their rights")
     return EnvironmentFault(f"{store.told}: the object store answers {code} (HTTP {status}); try again later")

@@ -1,18 +1,22 @@
 """Deliveries from S3: a stand-in in this process, and a real server where CBD_TEST_S3_ENDPOINT names one."""
 
+import io
 import os
+import tarfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import IncompleteReadError
 from delivery_files import LIMITS, OPTIONS, places, png, write_classes, write_parquet
 
 from cbd.config import Ingest
 from cbd.errors import CbdError, DataError, EnvironmentFault
 from components.delivery import read_delivery
 from components.ingest import ingest
+from components.object_store import open_store
 
 REAL = os.environ.get("CBD_TEST_S3_ENDPOINT")
 
@@ -141,3 +145,93 @@ def test_a_real_server_refuses_a_wrong_secret_in_one_line(real: tuple[Any, str],
 def test_a_real_server_names_a_missing_bucket(real: tuple[Any, str]) -> None:
     with pytest.raises(DataError, match="there is no bucket"):
         files("s3://cbd-absent-bucket/x")
+
+
+def test_more_objects_than_are_read_at_once_come_in_order(client: Any) -> None:
+    for index in range(40):
+        client.put_object(Bucket="box", Key=f"o/a/{index:02d}", Body=b"%d" % index)
+    assert list(files("s3://box/o").items()) == [(f"a/{index:02d}", ("a", b"%d" % index, None)) for index in range(40)]
+
+
+def test_a_manifest_and_archives_are_read_from_a_bucket(client: Any, tmp_path: Path) -> None:
+    client.put_object(Bucket="box", Key="m/manifest.csv", Body=b"path,label\ni/0.png,cat\n")
+    client.put_object(Bucket="box", Key="m/i/0.png", Body=png(0))
+    assert files("s3://box/m") == {"i/0.png": ("cat", png(0), None)}
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        archive.add(write_classes(tmp_path / "d", {"a": 1, "b": 1}), arcname="d")
+    client.put_object(Bucket="box", Key="t/x.tar.gz", Body=(tmp_path / "x.tar.gz").read_bytes())
+    assert files("s3://box/t/x.tar.gz") == {"x.tar.gz/a/000.png": ("a", png(0), None), "x.tar.gz/b/000.png": ("b", png(1000), None)}
+
+
+def check_changed(client: Any, bucket: str, tmp_path: Path) -> None:
+    """An object and a shard that change, or vanish, after they were listed."""
+    client.put_object(Bucket=bucket, Key="c/a/0.png", Body=png(0))
+    with read_delivery(f"s3://{bucket}/c", name="delivery", limits=Ingest()) as delivery:
+        client.put_object(Bucket=bucket, Key="c/a/0.png", Body=png(1))
+        with pytest.raises(DataError, match="'a/0.png' changed while it was read; deliver it again"):
+            list(delivery.files)
+    with read_delivery(f"s3://{bucket}/c", name="delivery", limits=Ingest()) as delivery:
+        client.delete_object(Bucket=bucket, Key="c/a/0.png")
+        with pytest.raises(DataError, match="'a/0.png' vanished while it was read"):
+            list(delivery.files)
+    store = open_store(f"s3://{bucket}/p", told="delivery")
+    client.put_object(Bucket=bucket, Key="p/0.parquet", Body=bytes(2**24))
+    store.list()
+    assert store.download("0.parquet", tmp_path).read_bytes() == bytes(2**24)
+    client.put_object(Bucket=bucket, Key="p/0.parquet", Body=b"1" + bytes(2**24 - 1))
+    with pytest.raises(DataError, match=r"'0.parquet' changed while it was read"):
+        store.download("0.parquet", tmp_path)
+
+
+def test_what_changed_since_it_was_listed_is_refused_by_name(client: Any, tmp_path: Path) -> None:
+    check_changed(client, "box", tmp_path)
+
+
+def test_a_real_server_refuses_what_changed_since_it_was_listed(real: tuple[Any, str], tmp_path: Path) -> None:
+    check_changed(*real, tmp_path)
+
+
+class Broken:
+    """A client whose bodies are wrong so many times."""
+
+    def __init__(self, client: Any, times: int, body: Callable[[Any], Any]) -> None:
+        self.client, self.times, self.body = client, times, body
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.client, name)
+
+    def get_object(self, **asked: Any) -> Any:
+        response = self.client.get_object(**asked)
+        self.times -= 1
+        return response | {"Body": self.body(response["Body"])} if self.times >= 0 else response
+
+
+class Severed:
+    def __init__(self, body: Any) -> None:
+        pass
+
+    def read(self) -> bytes:
+        raise IncompleteReadError(actual_bytes=3, expected_bytes=100)
+
+
+@pytest.mark.parametrize(("times", "read"), [(1, True), (2, True), (3, False)])
+def test_a_body_that_breaks_off_is_read_again_and_then_given_up(client: Any, times: int, read: bool) -> None:
+    client.put_object(Bucket="box", Key="x/a/0.png", Body=png(0))
+    store = open_store("s3://box/x", told="delivery")
+    store.list()
+    store.client = Broken(store.client, times, Severed)
+    if read:
+        assert store.read("a/0.png") == png(0)
+    else:
+        with pytest.raises(EnvironmentFault, match="out of reach"):
+            store.read("a/0.png")
+
+
+@pytest.mark.parametrize("body", [b"", png(0)[:-1], png(1), png(0) + b"0"])
+def test_other_bytes_than_were_listed_are_never_taken(client: Any, body: bytes) -> None:
+    client.put_object(Bucket="box", Key="x/a/0.png", Body=png(0))
+    store = open_store("s3://box/x", told="delivery")
+    store.list()
+    store.client = Broken(store.client, 1, lambda _: io.BytesIO(body))
+    with pytest.raises(EnvironmentFault, match="'a/0.png': the object store delivers other bytes than it lists"):
+        store.read("a/0.png")
