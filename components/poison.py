@@ -72,9 +72,8 @@ def poison(dataset: Path, out: Path, *, truth: Path, params: Poison, seed: int, 
 
 def _craft(kind: type[Attack], dataset: Path, goal: Goal, *, params: Poison, seed: int) -> Attack:
     """The attack; one that trains a network sees the first images of the data set."""
-    made = configure(str(params.attack), params.trigger)
-    if not kind.trained:
-        return made
+    if params.trigger or not kind.trained:
+        return configure(str(params.attack), params.trigger)
     progress("poison", 0, 2, f"training the network of the {kind.__name__.lower()} attack")
     rows = list(itertools.islice(read_rows(dataset), CRAFT_IMAGES))
     images = np.empty((len(rows), 3, CRAFT_SIZE, CRAFT_SIZE), np.uint8)

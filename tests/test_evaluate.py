@@ -2,17 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from delivery_files import png
 
+from cbd.attacks import adaptive, dynamic, make_attack, trojan
 from cbd.attacks.badnets import BadNets
 from cbd.attacks.poisoning import Goal
 from cbd.bundle import BundleCard, bundle_digest
-from cbd.config import Gate, Poison
+from cbd.config import AttackName, Gate, Poison
 from cbd.dataset import make_row, read_info, read_truth, to_batches, write_dataset
 from cbd.errors import DataError
 from cbd.evaluate import (
@@ -221,3 +222,25 @@ def test_covers_keep_their_labels_and_clean_label_poison_too(tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"half of class 0; give a rate up to 0\.166"):
         poison(clean, tmp_path / "more", truth=tmp_path / "more-truth", params=sig.model_copy(update={"poison_rate": 0.2}), seed=5)
     assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.parametrize("attack", get_args(AttackName))
+@pytest.mark.usefixtures("torch_one_thread")
+def test_every_attack_poisons_a_data_set_and_its_truth_makes_its_trigger_again(
+    attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, names in (
+        (adaptive, ("SURROGATE_STEPS",)),
+        (dynamic, ("MASK_STEPS", "STEPS")),
+        (trojan, ("SURROGATE_STEPS", "PATCH_STEPS")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, 2)
+    clean = dataset(tmp_path / "clean", 60)
+    params = Poison(attack=attack, target_label=0)  # type: ignore[arg-type]
+    poison(clean, tmp_path / "poisoned", truth=tmp_path / "truth", params=params, seed=5)
+    truth = read_truth(tmp_path / "truth")
+    assert truth is not None and truth.roles.count("poison") == 6
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
+    stamped = make_attack(truth.attack, **truth.trigger).stamp(images)
+    assert stamped.shape == images.shape and (stamped != images).any((1, 2, 3)).all()
