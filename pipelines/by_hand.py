@@ -165,6 +165,7 @@ def redteam(data: str, trusted: str, attacks: str, presets: str, seeds: int, lim
     A delivery that was taken in to OUT before is not read again.
     """
     from pipelines import steps
+    from pipelines.redteam_table import render
 
     for name, instead in (("preset", "--presets"), ("seed", "--seeds")):
         if overrides[name] is not None:
@@ -179,7 +180,9 @@ def redteam(data: str, trusted: str, attacks: str, presets: str, seeds: int, lim
         "seeds": range(seeds),
     }
     outputs = steps.redteam(data, trusted, out, limit=limit, params_of=params_of, **chosen)
-    return tell(outputs, as_json, f"""python -c "import pandas; print(pandas.read_parquet('{outputs["table"]}'))\"""", table="rows")
+    if not as_json:
+        print(render(outputs.pop("rows")))
+    return tell(outputs, as_json, "cbd run --data DELIVERY --trusted TRUSTED")
 
 
 COMMANDS = (ingest, poison, validate, train, evaluate, gate, predict, redteam)

@@ -51,6 +51,7 @@ def redteam(data: str, trusted: str, out: Path, *, limit: int, params_of: Callab
     from components.ingest import IngestOptions, IngestPaths
     from components.ingest import ingest as take_in
     from pipelines import redteam as team
+    from pipelines.redteam_table import medians, render
 
     check_uri("--data", data)
     check_uri("--trusted", trusted)
@@ -62,7 +63,10 @@ def redteam(data: str, trusted: str, out: Path, *, limit: int, params_of: Callab
             paths = IngestPaths(*(temporary / name for name in IngestPaths._fields))
             take_in(data, trusted, outputs=paths, params=params.ingest, options=IngestOptions(supplier="redteam", limit=limit))
     rows = team.redteam(taken_in, out, params_of=params_of, **chosen)
-    return {"rows": rows, "table": str(out / team.TABLE)}
+    page = out / "redteam.md"
+    with replacing(page) as temporary:
+        temporary.write_text(f"{medians(rows)}\n\n{render(rows)}\n")
+    return {"rows": rows, "table": str(out / team.TABLE), "page": str(page)}
 
 
 @by_hand()
