@@ -32,6 +32,8 @@ class Ingest(Section):
     """An archive that holds more than this many times its own size (and more than 64 MiB) is a decompression bomb, and refused whole."""
     max_pixels: int = Field(default=50_000_000, gt=0)
     """An image whose header announces more pixels is a decompression bomb; it is never decoded."""
+    decode_seconds: float = Field(default=20.0, gt=0)
+    """An image that takes a decoder longer goes to the quarantine."""
     min_per_class: int = Field(default=2, ge=1)
     """A class with fewer accepted images makes the delivery unusable."""
     max_trusted_overlap: float = Field(default=0.01, ge=0, le=1)

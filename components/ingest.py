@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import functools
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,9 +91,8 @@ def _take_in(uri: str, name: str, params: Ingest, *, folder: Path, source: str, 
     """The staged delivery and the class names in its metadata."""
     prefix = "" if name == "delivery" else "trusted-"
     told = functools.partial(progress, "ingest", note=name)
-    with warnings.catch_warnings(), read_delivery(uri, name=name, limits=params, limit=limit) as delivery:
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # they speak of metadata; faults of pixels are errors
-        intake = take_in(delivery, folder=folder, prefix=prefix, source=source, max_pixels=params.max_pixels, told=told)
+    with read_delivery(uri, name=name, limits=params, limit=limit) as delivery:
+        intake = take_in(delivery, folder=folder, prefix=prefix, source=source, limits=params, told=told)
     if intake.delivered == 0:
         raise DataError(f"{name} {uri!r} is empty: no file in it; check the path")
     if intake.summary().accepted == 0:

@@ -13,9 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cbd.dataset import Row, make_row, to_batches
+from cbd.config import Ingest
+from cbd.dataset import Row, to_batches
 from cbd.images import Refused
 from cbd.shards import GROUP_BYTES, GROUP_ROWS, schema
+from components.decoding import decode_files
 from components.rawfiles import Delivery, RawFile
 
 _QUARANTINE = pa.schema(
@@ -168,7 +170,7 @@ class Intake:
         quarantine.add(dict(zip(_QUARANTINE.names, columns, strict=True)), len(raw.data or b""))
 
 
-def take_in(delivery: Delivery, *, folder: Path, prefix: str, source: str, max_pixels: int, told: Callable[[int, int], None]) -> Intake:
+def take_in(delivery: Delivery, *, folder: Path, prefix: str, source: str, limits: Ingest, told: Callable[[int, int], None]) -> Intake:
     """The delivery, decoded and sorted out; its stage is written beside the quarantine files, for the caller to remove.
 
     Args:
@@ -176,13 +178,13 @@ def take_in(delivery: Delivery, *, folder: Path, prefix: str, source: str, max_p
         folder: where `<prefix>quarantine.parquet`, `<prefix>duplicates.parquet` and the stage go.
         prefix: of the file names.
         source: the supplier.
-        max_pixels: limit of a single image.
+        limits: of a single image.
         told: called with (files seen, files in all) now and then.
     """
     intake = Intake(folder / f"{prefix}stage.parquet")
     with Table(folder / f"{prefix}quarantine.parquet", _QUARANTINE) as quarantine:
         with pq.ParquetWriter(intake.stage, schema([]), compression="lz4") as stage:
-            for batch in to_batches(_decodable(delivery, intake, quarantine, source=source, max_pixels=max_pixels, told=told)):
+            for batch in to_batches(_decodable(delivery, intake, quarantine, source=source, limits=limits, told=told)):
                 stage.write_batch(batch.replace_schema_metadata(schema([]).metadata))
         with Table(folder / f"{prefix}duplicates.parquet", _DUPLICATES) as duplicates:
             intake.sort_out(quarantine, duplicates)
@@ -190,27 +192,22 @@ def take_in(delivery: Delivery, *, folder: Path, prefix: str, source: str, max_p
 
 
 def _decodable(
-    delivery: Delivery, intake: Intake, quarantine: Table, *, source: str, max_pixels: int, told: Callable[[int, int], None]
+    delivery: Delivery, intake: Intake, quarantine: Table, *, source: str, limits: Ingest, told: Callable[[int, int], None]
 ) -> Iterator[Row]:
     """A row for every file that is an image with a label; the others go to the quarantine."""
     numbers: dict[str, int] = {}
-    for raw in delivery.files:
+    for raw, row in decode_files(delivery.files, source=source, limits=limits):
         intake.delivered += 1
         if intake.delivered % 1000 == 0 or intake.delivered == delivery.total:
             told(intake.delivered, delivery.total)
         if raw.label_name is not None:
             intake.seen_names.add(raw.label_name)
-        if raw.refusal or raw.data is None or raw.label_name is None:
+        if row is None or raw.label_name is None:
             intake.refuse(quarantine, raw)
             continue
         label = numbers.setdefault(raw.label_name, len(numbers))
         if label == len(intake.label_names):
             intake.label_names.append(raw.label_name)
-        try:
-            row = make_row(raw.data, label=label, original_path=raw.original_path, source=source, max_pixels=max_pixels)
-        except Refused as refusal:
-            intake.refuse(quarantine, raw._replace(refusal=refusal))
-            continue
         intake.labels.append(label)
         intake.digests.append(bytes.fromhex(row.pixel_digest))
-        yield row
+        yield row._replace(label=label)

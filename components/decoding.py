@@ -1,0 +1,131 @@
+"""Decoding in worker processes with limits of memory and time: an image that crashes or hangs a decoder costs itself, not the run."""
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, TimeoutError
+from functools import cache
+from typing import Any
+
+from pebble import ProcessExpired, ProcessPool
+
+from cbd.config import Ingest
+from cbd.dataset import Row, make_row
+from cbd.images import Refused
+from components.rawfiles import RawFile
+
+CHUNK_FILES, CHUNK_BYTES = 64, 4 * 2**20
+BYTES_PER_PIXEL, SPARE_BYTES = 24, 256 * 2**20
+"""What a worker may use beyond what it starts with: RGBA, its copy over white and the result, twice; and room for the decoders."""
+Outcome = Row | Refused
+
+
+def decode_files(files: Iterable[RawFile], *, source: str, limits: Ingest) -> Iterator[tuple[RawFile, Row | None]]:
+    """Every file in its order with its row, whose label is 0 for now; None with a refusal in the file where there is none.
+
+    Args:
+        files: those that were refused already, or have no data, pass through.
+        source: the supplier.
+        limits: of pixels and seconds.
+    """
+    pool = _pool(limits.max_pixels)
+    waiting: deque[tuple[list[RawFile], Future[Any]]] = deque()
+    try:
+        for chunk in _chunks(files):
+            waiting.append((chunk, _schedule(pool, chunk, source, limits)))
+            if len(waiting) > 2 * _num_workers():
+                yield from _finish(pool, *waiting.popleft(), source, limits)
+        while waiting:
+            yield from _finish(pool, *waiting.popleft(), source, limits)
+    finally:
+        for _, future in waiting:
+            future.cancel()
+
+
+@cache
+def _pool(max_pixels: int) -> ProcessPool:
+    """The workers of this process, started on first use and ended with it."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of running threads
+    return ProcessPool(_num_workers(), initializer=_limit_memory, initargs=(max_pixels,), context=context)
+
+
+def _num_workers() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _chunks(files: Iterable[RawFile]) -> Iterator[list[RawFile]]:
+    chunk: list[RawFile] = []
+    num_bytes = 0
+    for file in files:
+        chunk.append(file)
+        num_bytes += len(file.data or b"")
+        if len(chunk) == CHUNK_FILES or num_bytes >= CHUNK_BYTES:
+            yield chunk
+            chunk, num_bytes = [], 0
+    if chunk:
+        yield chunk
+
+
+def _schedule(pool: ProcessPool, chunk: list[RawFile], source: str, limits: Ingest) -> "Future[list[Outcome]]":
+    asked = [(file.data, file.original_path) for file in chunk if _readable(file)]
+    return pool.schedule(_rows, args=(asked, source, limits.max_pixels), timeout=limits.decode_seconds)
+
+
+def _finish(
+    pool: ProcessPool, chunk: list[RawFile], future: "Future[list[Outcome]]", source: str, limits: Ingest
+) -> Iterator[tuple[RawFile, Row | None]]:
+    """The outcomes of a chunk; if it did not come back whole, each of its files is tried alone."""
+    try:
+        outcomes = iter(future.result())
+    except (ProcessExpired, TimeoutError, MemoryError):
+        outcomes = iter([_alone(pool, file, source, limits) for file in chunk if _readable(file)])
+    for file in chunk:
+        if not _readable(file):
+            yield file, None
+            continue
+        outcome = next(outcomes)
+        if isinstance(outcome, Refused):
+            yield file._replace(refusal=outcome), None
+        else:
+            yield file, outcome._replace(data=file.data or b"")
+
+
+def _alone(pool: ProcessPool, file: RawFile, source: str, limits: Ingest) -> Outcome:
+    try:
+        return _schedule(pool, [file], source, limits).result()[0]
+    except TimeoutError:
+        return Refused("decoder-hung", f"not decoded after {limits.decode_seconds:g} s")
+    except (ProcessExpired, MemoryError) as error:
+        code = getattr(error, "exitcode", None)
+        return Refused("decoder-crashed", f"the decoder ended with code {code}" if code is not None else "the decoder ran out of memory")
+
+
+def _readable(file: RawFile) -> bool:
+    return file.refusal is None and file.data is not None and file.label_name is not None
+
+
+def _rows(asked: list[tuple[bytes, str]], source: str, max_pixels: int) -> list[Outcome]:
+    """In the worker: a row without its bytes for every image, which the caller has already."""
+    outcomes: list[Outcome] = []
+    for data, path in asked:
+        try:
+            outcomes.append(make_row(data, label=0, original_path=path, source=source, max_pixels=max_pixels)._replace(data=b""))
+        except Refused as refusal:
+            outcomes.append(refusal)
+    return outcomes
+
+
+def _limit_memory(max_pixels: int) -> None:
+    """In the worker: no more address space than it has at its start and the largest image needs."""
+    import resource
+    import warnings
+
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # they speak of metadata; faults of pixels are errors
+    try:
+        with open("/proc/self/statm") as file:
+            held = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        most = held + BYTES_PER_PIXEL * max_pixels + SPARE_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    except (OSError, ValueError):
+        pass  # a system without this limit still has the one of time
