@@ -94,15 +94,16 @@ def main() -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, in percent: of every variant the median clean accuracy, and per attack the median and (highest) excess ASR."""
+    """Markdown, in percent: of every variant and attack the median clean accuracy, and median and (highest) excess ASR if there is any."""
     attacks = list(dict.fromkeys(row["attack"] for row in rows))
-    lines = ["| variant | CA | " + " | ".join(f"{attack}: excess ASR" for attack in attacks) + " |", "|" + "---|" * (len(attacks) + 2)]
+    lines = ["| variant | " + " | ".join(f"{attack}: CA, excess ASR" for attack in attacks) + " |", "|" + "---|" * (len(attacks) + 1)]
     for preset in dict.fromkeys(row["preset"] for row in rows):
-        of = [row for row in rows if row["preset"] == preset]
-        cells = [f"{100 * statistics.median(row['ca'] for row in of):.1f}"]
+        cells = []
         for attack in attacks:
-            values = [100 * row["excess_asr"] for row in of if row["attack"] == attack]
-            cells.append(f"{statistics.median(values):.1f} ({max(values):.1f})")
+            of = [row for row in rows if row["preset"] == preset and row["attack"] == attack]
+            excess = [100 * row["excess_asr"] for row in of if row["excess_asr"] is not None]
+            told = f"; {statistics.median(excess):.1f} ({max(excess):.1f})" if excess else ""
+            cells.append(f"{100 * statistics.median(row['ca'] for row in of):.1f}{told}")
         lines.append(f"| {preset} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
