@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cbd.config import Deconfounded, Params
+from cbd.evidence import CONTRADICTED
 from cbd.losses import Critic, derangement, distance_correlation, hsic, sample_weight, wasserstein_dependence
 from cbd.models import Network, make_model
+from cbd.pilot import preference
 from cbd.training import OnEpoch, Session, augment, autocast, batches, embeddings, make_sgd, mean_measures, predict, set_learning_rate
 
 SURE = 0.9
@@ -27,6 +29,8 @@ class Evidence:
     """float32 [N]: the confounder's losses."""
     weights: Tensor
     """float32 [N] in [0, 1]: weights for `isolation`; 1 everywhere if nothing separated."""
+    doubted: Tensor | None = None
+    """bool [N]: samples of crowded classes, whose labels are worth little in either direction; None: there are none."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,16 @@ def train_deconfounded(
     if evidence is not None and evidence.confounder is not None and settings.mi_weight and settings.dependence == "adversarial":
         models["critic"] = objective.make_critic(model, evidence.confounder)
         optimizers["critic"] = torch.optim.Adam(models["critic"].parameters(), lr=settings.critic_learning_rate)
-    session = Session(models, optimizers, generator, {"weight": torch.ones(num, device=images.device)})
+    isolating = evidence is not None and settings.weight == "isolation"
+    weights = evidence.weights.clone() if evidence is not None and isolating else torch.ones(num, device=images.device)
+    session = Session(models, optimizers, generator, {"weight": weights})
     key = f"{'undefended' if evidence is None else 'deconfounded'} {params.model_dump_json(include={'seed', 'model', 'deconfounded'})}"
     session.resume(checkpoint, key=key)
     steps = max(1, num // min(num, settings.batch_size))
+    look = max(1, round(settings.second_look * settings.epochs)) if settings.second_look and isolating else None
     while session.epoch < settings.epochs:
+        if session.epoch == look and evidence is not None and evidence.doubted is not None:
+            second_look(model, images, labels, evidence.doubted, session.tables["weight"])
         measured = []
         for step, chosen in enumerate(batches(num, settings.batch_size, generator=generator)):
             done = (session.epoch + step / steps) / settings.epochs
@@ -87,7 +96,25 @@ def train_deconfounded(
             measured.append((loss.detach(), (logits.argmax(1) == labels[chosen]).float().mean()))
         session.finish_epoch(checkpoint, key=key, measures={"epoch": float(session.epoch + 1), **mean_measures(measured)})
         on_epoch(session.epoch, settings.epochs, session.history[-1])
-    return _judge_samples(model.eval(), images, labels, evidence, settings, session.history)
+    return _judge_samples(model.eval(), images, labels, evidence, settings, session)
+
+
+def second_look(model: Network, images: Tensor, labels: Tensor, doubted: Tensor, weights: Tensor) -> None:
+    """Sets the weight of every doubted sample: 1 if the model sees its given label in it, 0 if it clearly sees another class.
+
+    Stage 1 splits a crowded class by how hard its samples are, which takes hard honest ones and leaves easy poison. A model that has been
+    trained without the taken half, and has not learned the trigger from what was left, knows better.
+
+    Args:
+        model: half-trained.
+        images: uint8 [N, 3, S, S].
+        labels: int64 [N], as given.
+        doubted: bool [N].
+        weights: float32 [N], changed in place.
+    """
+    chosen = doubted.nonzero().squeeze(1)
+    if len(chosen):
+        weights[chosen] = (preference(predict(model, images[chosen]), labels[chosen]) <= CONTRADICTED).float()
 
 
 def learning_rate(settings: Deconfounded, done: float) -> float:
@@ -117,7 +144,7 @@ class Batch:
     logits: Tensor
     embedding: Tensor
     running: Tensor
-    """float32 [N]: the running weights of all samples, which `formula` changes in place."""
+    """float32 [N]: the weights of all samples; `formula` changes them in place."""
     done: float
     """Share of the training that is done, in [0, 1)."""
 
@@ -148,7 +175,7 @@ class _Objective:
         theirs, r = self._confounder(self.evidence, batch)
         loss = (self._weight(self.evidence, own, theirs, batch) * own).mean()
         if self.settings.relabel and batch.done >= 0.5:
-            loss = loss + self._relabelled(self.evidence, batch)
+            loss = loss + self._relabelled(batch)
         if self.settings.mi_weight and r is not None:
             loss = loss + self.settings.mi_weight * self._dependence(r, batch.embedding, critic_step)
         if self.settings.bottleneck_weight:
@@ -167,17 +194,17 @@ class _Objective:
         if self.settings.weight == "none":
             return torch.ones_like(own)
         if self.settings.weight == "isolation":
-            return evidence.weights[batch.chosen]
+            return batch.running[batch.chosen]
         weight = sample_weight(theirs, own, normalise=self.settings.normalise_weight)
         if self.settings.weight_memory:
             weight = torch.lerp(weight, batch.running[batch.chosen], self.settings.weight_memory)
             batch.running[batch.chosen] = weight
         return weight if self.settings.weight_cap == 1 else weight.clamp_max(self.settings.weight_cap)
 
-    def _relabelled(self, evidence: Evidence, batch: Batch) -> Tensor:
+    def _relabelled(self, batch: Batch) -> Tensor:
         """Mean cross-entropy of the batch's suspects against the class that the model gives them with a probability over `SURE`, else 0."""
         sure, called = batch.logits.detach().softmax(1).max(1)
-        chosen = (evidence.weights[batch.chosen] < 0.5) & (sure > SURE)
+        chosen = (batch.running[batch.chosen] < 0.5) & (sure > SURE)
         return (F.cross_entropy(batch.logits, called, reduction="none") * chosen).mean()
 
     def _dependence(self, r: Tensor, z: Tensor, critic_step: torch.optim.Optimizer | None) -> Tensor:
@@ -191,14 +218,14 @@ class _Objective:
 
 
 def _judge_samples(
-    model: Network, images: Tensor, labels: Tensor, evidence: Evidence | None, settings: Deconfounded, history: list[dict[str, float]]
+    model: Network, images: Tensor, labels: Tensor, evidence: Evidence | None, settings: Deconfounded, session: Session
 ) -> Trained:
     """Where training left every sample, on its stored view."""
     logits = predict(model, images)
     final = F.cross_entropy(logits, labels, reduction="none")
     weights = torch.ones_like(final)
     if evidence is not None and settings.weight == "isolation":
-        weights = evidence.weights
+        weights = session.tables["weight"]
     elif evidence is not None and settings.weight == "formula":
         weights = sample_weight(evidence.losses, final)
-    return Trained(model, final.cpu(), logits.argmax(1).cpu(), weights.cpu(), history)
+    return Trained(model, final.cpu(), logits.argmax(1).cpu(), weights.cpu(), session.history)

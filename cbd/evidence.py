@@ -207,9 +207,19 @@ def _gap(losses: Floats, preferences: Floats, group: NDArray[np.bool_]) -> float
     return round(float(inside.mean() - outside.mean()) / max(pooled, 1e-9), 3)
 
 
-def rank_samples(posterior: Floats, losses: Floats, preferences: Floats) -> NDArray[np.int64]:
-    """int64 [N]: rank of every sample, 0 the most suspicious: by posterior, then by exp(-loss) * preference."""
-    order = np.lexsort((-np.exp(-losses) * preferences, -posterior))
+def rank_samples(posterior: Floats, losses: Floats, preferences: Floats, final_losses: Floats) -> NDArray[np.int64]:
+    """int64 [N]: rank of every sample, 0 the most suspicious.
+
+    By posterior * (1 - p_c), where p_c = exp(-final loss) is how far the deconfounded model, which was trained without the suspects,
+    believes the label after all; then by posterior, then by exp(-loss) * preference.
+
+    Args:
+        posterior: float [N] in [0, 1].
+        losses: float [N] > 0, the confounder's.
+        preferences: float [N] in [0, 1], the pilot's.
+        final_losses: float [N] >= 0, the deconfounded model's.
+    """
+    order = np.lexsort((-np.exp(-losses) * preferences, -posterior, -posterior * (1 - np.exp(-final_losses))))
     ranks = np.empty(len(order), np.int64)
     ranks[order] = np.arange(len(order))
     return ranks

@@ -35,7 +35,7 @@ def train_confounder(
     from cbd import confounder, pilot
 
     data = load(dataset, params)
-    place = checkpoint_folder(checkpoints, data.info, params)
+    place = checkpoint_folder(checkpoints, data.info, params, "confounder")
     common: dict[str, Any] = {"num_classes": len(data.info.class_names), "params": params}
     with live_curves(*tracked, "train_confounder", params) if tracked else contextlib.nullcontext() as curves:
         found = confounder.train_confounder(
@@ -109,6 +109,7 @@ def _write_separation(
     crowds = [] if flown is None else crowded_classes(losses, flown.logits.numpy().astype(np.float64), labels, known=known)
     separation = with_groups(separation, [(crowd.members, crowd.posterior) for crowd in crowds])
     columns = {"sample_id": data.sample_ids, "confounder_loss": losses, "preference": seen, "posterior": separation.posterior}
+    columns["doubted"] = np.isin(labels, [crowd.label for crowd in crowds]) & ~known
     pq.write_table(pa.table(columns), folder / LOSSES, compression="zstd")
     names = data.info.class_names
     told = {

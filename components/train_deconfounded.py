@@ -49,7 +49,7 @@ def train_deconfounded(
 
     data = load(dataset, params)
     found, views = _stage_one(confounder, data)
-    place = checkpoint_folder(checkpoints, data.info, params)
+    place = checkpoint_folder(checkpoints, data.info, params, "deconfounded")
     with live_curves(*tracked, "train_deconfounded", params) if tracked else contextlib.nullcontext() as curves:
         trained = train(
             data.images,
@@ -65,7 +65,7 @@ def train_deconfounded(
         write_history(temporary / "history.jsonl", trained.history)
     with replacing(evidence) as temporary:
         temporary.mkdir()
-        suspects = _write_evidence(temporary / EVIDENCE, trained, views, data)
+        suspects = _write_evidence(temporary / EVIDENCE, trained, views, data, isolating=params.deconfounded.weight == "isolation")
     return {"model_digest": bundle_digest(model), "suspects": suspects, "num_images": data.info.num_images}
 
 
@@ -92,28 +92,31 @@ def _stage_one(confounder: Path, data: Loaded) -> tuple[Any, dict[str, Any]]:
     if views["sample_id"].tolist() != data.sample_ids:
         raise DataError(f"{confounder / LOSSES}: holds other samples than the data set; train the confounder again")
     device = data.images.device
-    weights = torch.from_numpy((1 - views["posterior"]).astype(np.float32)).to(device)
-    return Evidence(network.to(device), torch.from_numpy(views["confounder_loss"].astype(np.float32)).to(device), weights), views
+    losses, weights = (
+        torch.from_numpy(values.astype(np.float32)).to(device) for values in (views["confounder_loss"], 1 - views["posterior"])
+    )
+    return Evidence(network.to(device), losses, weights, torch.from_numpy(views["doubted"]).to(device)), views
 
 
-def _write_evidence(path: Path, trained: Any, views: dict[str, Any], data: Loaded) -> int:
-    """Writes the evidence table; returns how many samples are suspects."""
+def _write_evidence(path: Path, trained: Any, views: dict[str, Any], data: Loaded, *, isolating: bool) -> int:
+    """Writes the evidence table; returns how many samples are suspects, where `isolating` after the model's second look."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from cbd.evidence import rank_samples
 
-    suspect = views["posterior"] > 0.5
-    preferences = np.nan_to_num(views["preference"], nan=1.0)
+    final_losses, weights = (values.numpy().astype(np.float64) for values in (trained.final_losses, trained.sample_weights))
+    posterior = np.where(views["doubted"], 1 - weights, views["posterior"]) if isolating else views["posterior"]
+    suspect, preferences = posterior > 0.5, np.nan_to_num(views["preference"], nan=1.0)
     table = {
         "sample_id": data.sample_ids,
         "label": data.labels.cpu().numpy(),
         "predicted": trained.predicted.numpy(),
         "confounder_loss": views["confounder_loss"],
-        "final_loss": trained.final_losses.numpy().astype(np.float64),
-        "sample_weight": trained.sample_weights.numpy().astype(np.float64),
-        "rank": rank_samples(views["posterior"], views["confounder_loss"], preferences),
+        "final_loss": final_losses,
+        "sample_weight": weights,
+        "rank": rank_samples(posterior, views["confounder_loss"], preferences, final_losses),
         "suspect": suspect,
     }
     pq.write_table(pa.table(table), path, compression="zstd")

@@ -33,7 +33,7 @@ def train_undefended(
             None,
             num_classes=len(data.info.class_names),
             params=params,
-            checkpoint=checkpoint_folder(checkpoints, data.info, params) / "undefended.safetensors",
+            checkpoint=checkpoint_folder(checkpoints, data.info, params, "deconfounded") / "undefended.safetensors",
             on_epoch=teller("train_undefended", curves),
         )
     with replacing(model) as temporary:

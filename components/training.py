@@ -51,9 +51,9 @@ def training_params(seed: int, preset: str, model: dict[str, Any], **sections: d
     )
 
 
-def checkpoint_folder(checkpoints: Path, info: DatasetInfo, params: Params) -> Path:
-    """Where a training of this data with these parameters leaves its state, so that the same training finds it again."""
-    about = {"data": info.digest, "params": params.model_dump(mode="json", include={"seed", "model", "confounder", "deconfounded"})}
+def checkpoint_folder(checkpoints: Path, info: DatasetInfo, params: Params, *sections: str) -> Path:
+    """Where a training of this data, with the seed, `model` and these sections, leaves its state and finds it again."""
+    about = {"data": info.digest, "params": params.model_dump(mode="json", include={"seed", "model", *sections})}
     return checkpoints / hashlib.sha256(canonical_json(about)).hexdigest()[:32]
 
 

@@ -145,7 +145,7 @@ def _train_baseline(source: Path, model: Path, trial: Trial, *, truths: list[Tru
         poisoned=torch.tensor([sample in marked for sample in data.sample_ids]),
         num_classes=len(data.info.class_names),
         params=trial.params,
-        checkpoint=checkpoint_folder(checkpoints, data.info, trial.params) / f"{trial.preset}.safetensors",
+        checkpoint=checkpoint_folder(checkpoints, data.info, trial.params, "deconfounded") / f"{trial.preset}.safetensors",
         on_epoch=teller("redteam", None, what=trial.preset),
     )
     with replacing(model) as temporary:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_images
 
+from cbd import deconfounded
 from cbd.attacks import make_attack
 from cbd.config import Confounder, Deconfounded, Gate, Model, Params
 from cbd.confounder import train_confounder
-from cbd.deconfounded import Evidence, learning_rate, train_deconfounded
+from cbd.deconfounded import Evidence, learning_rate, second_look, train_deconfounded
 from cbd.evidence import Separation, crowded_classes, detection, rank_samples, reversal, separate, with_groups
 from cbd.models import make_model
 from cbd.pattern import find_patterns
@@ -242,10 +243,47 @@ def test_a_poisoned_group_is_told_apart_without_its_rate() -> None:
         truth = np.arange(900 + poisoned) >= 900
         assert found.separated
         assert ((found.posterior > 0.5) == truth).mean() > 0.98
-        scores = -rank_samples(found.posterior, losses, preferences).astype(float)
+        scores = -rank_samples(found.posterior, losses, preferences, np.full(len(losses), 2.0)).astype(float)
         measured = detection(scores, truth)
         assert measured is not None
         assert measured["auroc"] > 0.99
+
+
+def test_suspects_whose_label_the_final_model_believes_rank_behind_the_others() -> None:
+    """posterior * (1 - p_c): 0.9 * 0.1, 0.8 * 0.9, 0, 0; the last two by p_b * preference."""
+    posterior, final = np.array([0.9, 0.8, 0.0, 0.0]), -np.log([0.9, 0.1, 0.5, 0.5])
+    assert rank_samples(posterior, np.ones(4), np.array([0.1, 0.1, 0.2, 0.3]), final).tolist() == [1, 0, 3, 2]
+
+
+def test_a_second_look_trusts_the_labels_that_the_model_sees_and_touches_no_others() -> None:
+    class Fixed(torch.nn.Module):
+        """Sure of the class that stands in the first pixel."""
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return 10.0 * torch.eye(3)[images[:, 0, 0, 0].long()], images.float()
+
+    images = torch.tensor([0, 0, 1, 2, 1], dtype=torch.uint8)[:, None, None, None].expand(5, 3, 4, 4)
+    weights = torch.tensor([0.2, 0.3, 1.0, 0.4, 0.5])
+    labels, doubted = torch.tensor([0, 1, 0, 2, 0]), torch.tensor([True, False, True, True, True])
+    second_look(Fixed(), images, labels, doubted, weights)  # type: ignore[arg-type]
+    assert weights.tolist() == pytest.approx([1.0, 0.3, 0.0, 1.0, 0.0])
+
+
+def test_stage_two_looks_again_at_doubted_labels_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = bars(96, 0)
+    looks: list[int] = []
+    monkeypatch.setattr(deconfounded, "second_look", lambda *args: looks.append(int(args[3].sum())))
+    network = make_model("wrn-16-1", num_classes=4, image_size=16, generator=torch.Generator()).eval()
+    doubted = torch.arange(96) < 30
+    evidence = Evidence(network, torch.ones(96), torch.linspace(0, 1, 96), doubted)
+    for settings, expected in (({}, [30]), ({"second_look": 0.0}, []), ({"weight": "formula"}, [])):
+        looks.clear()
+        made = train_deconfounded(
+            images, labels, evidence, num_classes=4, params=params(**settings), checkpoint=tmp_path / str(settings), on_epoch=quiet
+        )
+        assert looks == expected
+        if "weight" not in settings:
+            assert torch.equal(made.sample_weights, torch.linspace(0, 1, 96))
 
 
 def test_a_confounder_that_learned_nothing_separates_nothing() -> None:
