@@ -159,7 +159,7 @@ def _list_zip(archive: zipfile.ZipFile, limit: int) -> Archive:
     listed = []
     for info in archive.infolist():
         refusal = None
-        if info.is_dir():
+        if info.filename.endswith("/"):
             continue
         if info.flag_bits & 1:
             refusal = Refused("encrypted", "a member under a password; deliver it without")
