@@ -113,7 +113,7 @@ class Deconfounded(Section):
     """For `formula`: how much of a sample's last weight stays in its next one; 0 takes each batch for itself."""
     weight_cap: float = Field(default=1.0, gt=0, le=1)
     """For `formula`: a larger weight is cut to this."""
-    second_look: float = Field(default=0.5, ge=0, lt=1)
+    second_look: float = Field(default=0.8, ge=0, lt=1)
     """For `isolation`: after this share of the training the model itself decides which labels of a crowded class it trusts; 0 is never."""
     relabel: bool = False
     """For `isolation`: in the second half of training suspects are used again, with the class that the model itself is sure of."""

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cbd.config import Deconfounded, Params
-from cbd.evidence import CONTRADICTED
+from cbd.evidence import BELIEVED
 from cbd.losses import Critic, derangement, distance_correlation, hsic, sample_weight, wasserstein_dependence
 from cbd.models import Network, make_model
-from cbd.pilot import preference
 from cbd.training import OnEpoch, Session, augment, autocast, batches, embeddings, make_sgd, mean_measures, predict, set_learning_rate
 
 SURE = 0.9
@@ -76,7 +75,7 @@ def train_deconfounded(
     key = f"{'undefended' if evidence is None else 'deconfounded'} {params.model_dump_json(include={'seed', 'model', 'deconfounded'})}"
     session.resume(checkpoint, key=key)
     steps = max(1, num // min(num, settings.batch_size))
-    look = max(1, round(settings.second_look * settings.epochs)) if settings.second_look and isolating else None
+    look = max(1, int(settings.second_look * settings.epochs)) if settings.second_look and isolating else None
     while session.epoch < settings.epochs:
         if session.epoch == look and evidence is not None and evidence.doubted is not None:
             second_look(model, images, labels, evidence.doubted, session.tables["weight"])
@@ -100,13 +99,13 @@ def train_deconfounded(
 
 
 def second_look(model: Network, images: Tensor, labels: Tensor, doubted: Tensor, weights: Tensor) -> None:
-    """Sets the weight of every doubted sample: 1 if the model sees its given label in it, 0 if it clearly sees another class.
+    """Sets the weight of every doubted sample: 1 if the model believes its given label more than all others together, else 0.
 
     Stage 1 splits a crowded class by how hard its samples are, which takes hard honest ones and leaves easy poison. A model that has been
     trained without the taken half, and has not learned the trigger from what was left, knows better.
 
     Args:
-        model: half-trained.
+        model: nearly trained.
         images: uint8 [N, 3, S, S].
         labels: int64 [N], as given.
         doubted: bool [N].
@@ -114,7 +113,8 @@ def second_look(model: Network, images: Tensor, labels: Tensor, doubted: Tensor,
     """
     chosen = doubted.nonzero().squeeze(1)
     if len(chosen):
-        weights[chosen] = (preference(predict(model, images[chosen]), labels[chosen]) <= CONTRADICTED).float()
+        losses = F.cross_entropy(predict(model, images[chosen]), labels[chosen], reduction="none")
+        weights[chosen] = (losses <= BELIEVED).float()
 
 
 def learning_rate(settings: Deconfounded, done: float) -> float:

@@ -210,16 +210,18 @@ def _gap(losses: Floats, preferences: Floats, group: NDArray[np.bool_]) -> float
 def rank_samples(posterior: Floats, losses: Floats, preferences: Floats, final_losses: Floats) -> NDArray[np.int64]:
     """int64 [N]: rank of every sample, 0 the most suspicious.
 
-    By posterior * (1 - p_c), where p_c = exp(-final loss) is how far the deconfounded model, which was trained without the suspects,
-    believes the label after all; then by posterior, then by exp(-loss) * preference.
+    First those whose posterior is 1 (shared patterns, whose labels may be true), then by the sum of the log odds of the posterior and of
+    1 - p_c, where p_c = exp(-final loss) is how far the deconfounded model, which was trained without the suspects, believes the label
+    after all; ties by exp(-loss) * preference.
 
     Args:
-        posterior: float [N] in [0, 1].
+        posterior: float [N] in [0, 1]; of doubted samples 1/2.
         losses: float [N] > 0, the confounder's.
         preferences: float [N] in [0, 1], the pilot's.
         final_losses: float [N] >= 0, the deconfounded model's.
     """
-    order = np.lexsort((-np.exp(-losses) * preferences, -posterior, -posterior * (1 - np.exp(-final_losses))))
+    doubt = np.where(posterior == 1, np.inf, _log_odds(posterior) + _log_odds(1 - np.exp(-final_losses)))
+    order = np.lexsort((-np.exp(-losses) * preferences, -doubt))
     ranks = np.empty(len(order), np.int64)
     ranks[order] = np.arange(len(order))
     return ranks

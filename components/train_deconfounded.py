@@ -65,7 +65,7 @@ def train_deconfounded(
         write_history(temporary / "history.jsonl", trained.history)
     with replacing(evidence) as temporary:
         temporary.mkdir()
-        suspects = _write_evidence(temporary / EVIDENCE, trained, views, data, isolating=params.deconfounded.weight == "isolation")
+        suspects = _write_evidence(temporary / EVIDENCE, trained, views, data)
     return {"model_digest": bundle_digest(model), "suspects": suspects, "num_images": data.info.num_images}
 
 
@@ -98,17 +98,17 @@ def _stage_one(confounder: Path, data: Loaded) -> tuple[Any, dict[str, Any]]:
     return Evidence(network.to(device), losses, weights, torch.from_numpy(views["doubted"]).to(device)), views
 
 
-def _write_evidence(path: Path, trained: Any, views: dict[str, Any], data: Loaded, *, isolating: bool) -> int:
-    """Writes the evidence table; returns how many samples are suspects, where `isolating` after the model's second look."""
+def _write_evidence(path: Path, trained: Any, views: dict[str, Any], data: Loaded) -> int:
+    """Writes the evidence table; returns how many samples are suspects: of the doubted ones those whose label the model disbelieves."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from cbd.evidence import rank_samples
+    from cbd.evidence import BELIEVED, rank_samples
 
     final_losses, weights = (values.numpy().astype(np.float64) for values in (trained.final_losses, trained.sample_weights))
-    posterior = np.where(views["doubted"], 1 - weights, views["posterior"]) if isolating else views["posterior"]
-    suspect, preferences = posterior > 0.5, np.nan_to_num(views["preference"], nan=1.0)
+    posterior, preferences = np.where(views["doubted"], 0.5, views["posterior"]), np.nan_to_num(views["preference"], nan=1.0)
+    suspect = np.where(views["doubted"], final_losses > BELIEVED, posterior > 0.5)
     table = {
         "sample_id": data.sample_ids,
         "label": data.labels.cpu().numpy(),

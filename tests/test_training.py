@@ -250,12 +250,12 @@ def test_a_poisoned_group_is_told_apart_without_its_rate() -> None:
 
 
 def test_suspects_whose_label_the_final_model_believes_rank_behind_the_others() -> None:
-    """posterior * (1 - p_c): 0.9 * 0.1, 0.8 * 0.9, 0, 0; the last two by p_b * preference."""
-    posterior, final = np.array([0.9, 0.8, 0.0, 0.0]), -np.log([0.9, 0.1, 0.5, 0.5])
-    assert rank_samples(posterior, np.ones(4), np.array([0.1, 0.1, 0.2, 0.3]), final).tolist() == [1, 0, 3, 2]
+    """Odds of posterior and of 1 - p_c: 9 * 1/9 = 1, 4 * 9 = 36, 1/999 twice (ties by preference), 1 * 9 = 9, and a posterior of 1."""
+    posterior, final = np.array([0.9, 0.8, 0.0, 0.0, 0.5, 1.0]), -np.log([0.9, 0.1, 0.5, 0.5, 0.1, 0.99])
+    assert rank_samples(posterior, np.ones(6), np.array([0.1, 0.1, 0.2, 0.3, 0.1, 0.1]), final).tolist() == [3, 1, 5, 4, 2, 0]
 
 
-def test_a_second_look_trusts_the_labels_that_the_model_sees_and_touches_no_others() -> None:
+def test_a_second_look_trusts_the_labels_that_the_model_believes_and_touches_no_others() -> None:
     class Fixed(torch.nn.Module):
         """Sure of the class that stands in the first pixel."""
 
@@ -269,7 +269,7 @@ def test_a_second_look_trusts_the_labels_that_the_model_sees_and_touches_no_othe
     assert weights.tolist() == pytest.approx([1.0, 0.3, 0.0, 1.0, 0.0])
 
 
-def test_stage_two_looks_again_at_doubted_labels_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_two_looks_again_at_doubted_labels_before_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels = bars(96, 0)
     looks: list[int] = []
     monkeypatch.setattr(deconfounded, "second_look", lambda *args: looks.append(int(args[3].sum())))
