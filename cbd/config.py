@@ -72,6 +72,8 @@ class Confounder(Section):
     """L2 penalty."""
     augment: bool = False
     """Random crops in stage 1; they cut small triggers away, so the default preset leaves them out."""
+    until_slow: bool = True
+    """Go on past `steps`, up to `max_epochs`, while an epoch still lowers the loss by an eighth."""
     average: bool = True
     """A sample's loss is the mean over the whole training; else the loss at its end."""
     pilot: bool = True

@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cbd.config import Confounder as Settings
 from cbd.config import Params
 from cbd.models import Network, make_model
 from cbd.training import OnEpoch, Session, augment, autocast, batches, make_sgd, mean_measures, sample_losses
+
+LEARNING = 0.88
+"""Ratio of the mean losses of two epochs below which the training goes on."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ def train_confounder(
 ) -> Confounder:
     """The confounder of this data: plain cross-entropy for a budget of steps, and how hard each sample was for it.
 
+    With `until_slow` it goes on past the budget, up to `max_epochs`, while it learns fast: no trigger is learned much before the classes.
+
     A loss at one moment jumps (step size, batch-norm statistics); the mean over moments ranks poisoned samples far better. The moments
     are those at which a sample is trained on anyway, so they cost nothing; one last pass gives every sample its say.
 
@@ -47,13 +53,11 @@ def train_confounder(
     model.to(images.device).train()
     optimizer = make_sgd(model, settings)
     steps_per_epoch = max(1, num // settings.batch_size)
-    steps = min(settings.steps, settings.max_epochs * steps_per_epoch)
-    epochs = -(-steps // steps_per_epoch)
     tables = {name: torch.zeros(num, device=images.device) for name in ("log_losses", "passes")}
     session = Session({"model": model}, {"sgd": optimizer}, generator, tables)
     key = f"confounder {params.model_dump_json(include={'seed', 'model', 'confounder'})}"
     session.resume(checkpoint, key=key)
-    while session.epoch < epochs:
+    while (steps := steps_asked(session.history, settings, steps_per_epoch)) > session.epoch * steps_per_epoch:
         measured, first = [], session.epoch * steps_per_epoch
         for step, chosen in enumerate(batches(num, settings.batch_size, generator=generator), first + 1):
             if step > steps:
@@ -63,10 +67,28 @@ def train_confounder(
             session.tables["passes"][chosen] += 1
             measured.append((losses.mean(), accuracy))
         session.finish_epoch(checkpoint, key=key, measures={"step": float(min(steps, first + steps_per_epoch)), **mean_measures(measured)})
-        on_epoch(session.epoch, epochs, session.history[-1])
+        on_epoch(session.epoch, max(session.epoch, -(-steps // steps_per_epoch)), session.history[-1])
     final = _log(sample_losses(model, images, labels))
     mean = (session.tables["log_losses"] + final) / (session.tables["passes"] + 1) if settings.average else final
-    return Confounder(model.eval(), mean.exp().cpu(), final.exp().cpu(), steps, session.history)
+    return Confounder(model.eval(), mean.exp().cpu(), final.exp().cpu(), int(session.history[-1]["step"]), session.history)
+
+
+def steps_asked(history: list[dict[str, float]], settings: Settings, steps_per_epoch: int) -> int:
+    """How many steps the training shall have by what is known so far: the budget, or another whole epoch while it learns fast.
+
+    It learns fast if its last epoch lowered the mean loss below `LEARNING` times that of the one before. On CIFAR-10 (10,000 images) the
+    ratio is 0.92 when the budget is spent; on GTSRB, where 43 classes take longer, 0.85 and falling.
+
+    Args:
+        history: `step` and `loss` of the epochs so far.
+        settings: budget and largest number of epochs.
+        steps_per_epoch: of a whole epoch.
+    """
+    limit = settings.max_epochs * steps_per_epoch
+    if not settings.until_slow or len(history) < 2 or len(history) * steps_per_epoch + steps_per_epoch <= settings.steps:
+        return min(settings.steps, limit)
+    fast = history[-1]["loss"] < LEARNING * history[-2]["loss"] and history[-1]["step"] == len(history) * steps_per_epoch
+    return min((len(history) + 1) * steps_per_epoch if fast else settings.steps, limit)
 
 
 def _log(losses: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ MAX_P_VALUE = 1e-3
 """Largest p-value of the reversal at which a group counts as separated."""
 BELIEVED = math.log(2)
 """Largest median final loss of a group: the confounder believes its labels more than all others together, so it has learned something."""
+MIN_LOSS = 1e-6
 MIN_SUSPECTS = 10
 MAX_SHARE = 0.5
 """A larger group cannot be told from the honest samples without knowing which is which."""
@@ -101,21 +102,28 @@ def separate(losses: Floats, preferences: Floats, final_losses: Floats, *, seed:
     confounder that has learned nothing yet finds the most frequent classes easy, which an adjusted pilot contradicts: so it must believe
     the group's labels in the end. Clean-label poison is not seen by this: nothing contradicts its labels.
 
+    The losses of two moments are tried: first the mean over the training, which ranks better, and if it shows nothing the last ones, since
+    a trigger that was learned late (after many classes) is hard on average and easy in the end.
+
     Args:
         losses: float [N] > 0, the confounder's.
         preferences: float [N] in [0, 1], how far the pilot prefers another class than the given label.
         final_losses: float [N] >= 0, the confounder's at its end.
         seed: of the other components' starting points.
     """
+    last = final_losses.clip(MIN_LOSS)
     found = reversal(losses, preferences)
-    nothing = Separation(False, found.p_value, None, 0.0, np.zeros(len(losses)))
-    if found.p_value > MAX_P_VALUE or len(losses) < 10 * NUM_GROUPS:
+    if 2 * found.p_value > MAX_P_VALUE and (late := reversal(last, preferences)).p_value < found.p_value:
+        found, losses = late, last
+    p_value = min(1.0, 2 * found.p_value)
+    nothing = Separation(False, p_value, None, 0.0, np.zeros(len(losses)))
+    if p_value > MAX_P_VALUE or len(losses) < 10 * NUM_GROUPS:
         return nothing
     posterior = _membership(np.column_stack((_log_odds(np.exp(-losses)), _log_odds(preferences))), found.inside, seed=seed)
     group = posterior > 0.5
     if not MIN_SUSPECTS <= group.sum() <= MAX_SHARE * len(group) or np.median(final_losses[group]) > BELIEVED:
         return nothing
-    return Separation(True, found.p_value, _gap(losses, preferences, group), float(group.mean()), posterior)
+    return Separation(True, p_value, _gap(losses, preferences, group), float(group.mean()), posterior)
 
 
 def crowded_classes(losses: Floats, logits: Floats, labels: NDArray[np.int64], *, known: NDArray[np.bool_]) -> list[Crowd]:

@@ -81,9 +81,17 @@ def suspicion(losses: Tensor, preferences: Tensor) -> Tensor:
 
 
 def train_pilot(
-    images: Tensor, labels: Tensor, losses: Tensor, *, num_classes: int, params: Params, checkpoint: Path, on_epoch: OnEpoch
+    images: Tensor,
+    labels: Tensor,
+    losses: Tensor,
+    *,
+    steps: int,
+    num_classes: int,
+    params: Params,
+    checkpoint: Path,
+    on_epoch: OnEpoch,
 ) -> Pilot:
-    """Runs the pilot for as many steps as the confounder; what it makes suspect is let go of as it goes on.
+    """Runs the pilot; what it makes suspect is let go of as it goes on.
 
     A sample is looked at whenever its turn to be trained on comes, before that step, and once at the end.
 
@@ -91,6 +99,7 @@ def train_pilot(
         images: uint8 [N, 3, S, S] on the device to train on.
         labels: int64 [N], as given, on the same device.
         losses: float32 [N], the confounder's.
+        steps: how many; as many as the confounder took.
         num_classes: K.
         params: the seed and the sections `model` and `confounder`.
         checkpoint: file that is written after every epoch.
@@ -102,12 +111,11 @@ def train_pilot(
     model.to(device).train()
     optimizer = make_sgd(model, settings.model_copy(update={"learning_rate": settings.pilot_learning_rate, "weight_decay": 5e-4}))
     steps_per_epoch = max(1, num // settings.batch_size)
-    steps = min(settings.steps, settings.max_epochs * steps_per_epoch)
     epochs = -(-steps // steps_per_epoch)
     images = coarse_views(images)
     losses, log_prior = losses.to(device), (labels.bincount(minlength=num_classes).clamp_min(1) / num).log()
     session = Session({"model": model}, {"sgd": optimizer}, generator, {"preference": torch.zeros(num, device=device)})
-    key = f"pilot {params.model_dump_json(include={'seed', 'model', 'confounder'})}"
+    key = f"pilot {steps} {params.model_dump_json(include={'seed', 'model', 'confounder'})}"
     session.resume(checkpoint, key=key)
     while session.epoch < epochs:
         measured, first = [], session.epoch * steps_per_epoch

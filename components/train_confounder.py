@@ -51,6 +51,7 @@ def train_confounder(
                 data.images,
                 data.labels,
                 found.losses,
+                steps=found.steps,
                 checkpoint=place / "pilot.safetensors",
                 on_epoch=teller("train_confounder", curves, what="pilot"),
                 **common,

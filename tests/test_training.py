@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_images
 from cbd import deconfounded
 from cbd.attacks import make_attack
 from cbd.config import Confounder, Deconfounded, Gate, Model, Params
-from cbd.confounder import train_confounder
+from cbd.confounder import steps_asked, train_confounder
 from cbd.deconfounded import Evidence, learning_rate, second_look, train_deconfounded
 from cbd.evidence import Separation, crowded_classes, detection, rank_samples, reversal, separate, with_groups
 from cbd.models import make_model
@@ -286,6 +286,38 @@ def test_stage_two_looks_again_at_doubted_labels_before_its_end(tmp_path: Path, 
             assert torch.equal(made.sample_weights, torch.linspace(0, 1, 96))
 
 
+@pytest.mark.parametrize(
+    ("losses", "steps", "asked"),
+    [
+        ([], 40, 40),
+        ([3.0], 40, 40),
+        ([3.0, 2.0], 40, 40),  # fast, and within the budget
+        ([3.0, 2.0, 1.5, 1.4], 45, 45),  # slow when the budget ends within the next epoch
+        ([3.0, 2.0, 1.5, 1.3], 45, 50),  # fast: that epoch is a whole one
+        ([3.0, 2.0, 1.5, 1.3, 1.1], 45, 60),  # and so is the one after it
+        ([3.0, 2.0, 1.5, 1.3, 1.2], 45, 45),  # 1.2 / 1.3 = 0.92: done, five epochs were run
+        ([3.0, 2.5, 2.0, 1.5, 1.0, 0.5, 0.2], 45, 70),  # max_epochs
+    ],
+)
+def test_a_confounder_goes_on_while_it_learns_fast(losses: list[float], steps: int, asked: int) -> None:
+    history = [{"step": 10.0 * (epoch + 1), "loss": loss} for epoch, loss in enumerate(losses)]
+    assert steps_asked(history, Confounder(steps=steps, max_epochs=7), 10) == asked
+    assert steps_asked(history, Confounder(steps=steps, max_epochs=7, until_slow=False), 10) == steps
+
+
+def test_after_an_epoch_that_the_budget_cut_short_a_confounder_is_done() -> None:
+    history = [{"step": 10.0, "loss": 3.0}, {"step": 20.0, "loss": 2.9}, {"step": 23.0, "loss": 1.0}]
+    assert steps_asked(history, Confounder(steps=23, max_epochs=7), 10) == 23
+
+
+def test_a_trigger_that_was_learned_late_separates_by_the_last_losses() -> None:
+    losses, preferences = plane(100)
+    on_average = np.exp(np.random.default_rng(1).normal(0, 0.3, len(losses)))
+    found = separate(on_average, preferences, losses, seed=0)
+    assert found.separated and ((found.posterior > 0.5) == (np.arange(1000) >= 900)).mean() > 0.98
+    assert found.p_value == pytest.approx(2 * reversal(losses, preferences).p_value)
+
+
 def test_a_confounder_that_learned_nothing_separates_nothing() -> None:
     losses, preferences = plane(100)
     assert separate(losses, preferences, np.full(1000, 0.6), seed=0).separated
@@ -332,7 +364,7 @@ def test_plain_training_keeps_the_backdoor_and_the_defence_does_not(tmp_path: Pa
     )
     common = {"num_classes": 4, "params": settings, "on_epoch": quiet}
     caught = train_confounder(images, labels, checkpoint=tmp_path / "b", **common)
-    flown = train_pilot(images, labels, caught.losses, checkpoint=tmp_path / "p", **common)
+    flown = train_pilot(images, labels, caught.losses, steps=caught.steps, checkpoint=tmp_path / "p", **common)
     seen = (caught.losses, flown.preferences, caught.final_losses)
     found = separate(*(view.numpy().astype(float) for view in seen), seed=0)
     assert found.separated
@@ -388,7 +420,7 @@ def test_photographs_of_96_pixels_go_through_all_trainings_with_a_resnet(tmp_pat
     x, y = torch.from_numpy(images), torch.from_numpy(labels)
     common = {"num_classes": 2, "params": settings, "on_epoch": quiet}
     found = train_confounder(x, y, checkpoint=tmp_path / "c", **common)
-    seen = train_pilot(x, y, found.losses, checkpoint=tmp_path / "p", **common)
+    seen = train_pilot(x, y, found.losses, steps=found.steps, checkpoint=tmp_path / "p", **common)
     patterns = find_patterns(x, y, found.model, losses=found.losses, preferences=seen.preferences, seed=0)
     assert not [pattern for pattern in patterns if pattern.planted] and all(pattern.mean.shape == (3, 32, 32) for pattern in patterns)
     trained = train_deconfounded(x, y, Evidence(found.model, found.losses, torch.ones(len(y))), checkpoint=tmp_path / "d", **common)
