@@ -41,7 +41,11 @@ def read_manifest(
     Raises:
         DataError: the manifest is no such file, or lacks a column.
     """
-    rows = _rows(read(manifest.path), manifest.path, f"{told}: {manifest.path}")
+    try:
+        content = read(manifest.path)
+    except Refused as refusal:
+        raise DataError(f"{told}: {manifest.path}: {refusal.detail}; deliver the data as Parquet or in several archives") from None
+    rows = _rows(content, manifest.path, f"{told}: {manifest.path}")
     listed = {entry.path: entry for entry in entries if entry is not manifest}
     named = {path for path, _ in rows if path is not None}
     strays = [entry for path, entry in sorted(listed.items()) if path not in named]

@@ -260,6 +260,12 @@ def read_all(uri: Path) -> list[RawFile]:
         return list(delivery.files)
 
 
+def test_a_manifest_that_is_too_large_is_refused_by_name(tmp_path: Path) -> None:
+    (images(tmp_path) / "manifest.csv").write_bytes(b"path,label\n" + b"img/0.png,a\n" * 1000)
+    with pytest.raises(DataError, match=r"manifest.csv: 10001 bytes, more than 10000"):
+        read(tmp_path)
+
+
 def test_webdataset_shards_are_labelled_by_their_cls_members(tmp_path: Path) -> None:
     for shard in range(2):
         members = []
