@@ -30,6 +30,7 @@ CORNERS = ("top-left", "top-right", "bottom-left", "bottom-right")
 SEEDS = 3
 """Of the trainings: so many models without poison to compare with."""
 MAX_EXCESS = 0.05
+SHOWN = ("draw", "place", "pattern", "colour", "target_label", "poison_rate", "ca", "asr", "excess_asr", "separated", "suspects", "held")
 
 
 def draw(number: int, num_classes: int) -> dict[str, Any]:
@@ -60,50 +61,38 @@ def main() -> int:
     rows = {row["draw"]: row for row in known}
     try:
         for number in range(arguments.draws):
-            drawn = draw(number, arguments.num_classes)
-
-            def params_of(*, preset: str, seed: int, drawn: dict[str, Any] = drawn) -> Params:
-                changed = {"poison__attack": "badnets", "poison__trigger": drawn["trigger"], "poison__target_label": drawn["target"]}
-                rate = drawn["rate"] or None
-                return load(
-                    params_path=None, preset=preset, seed=seed, deconfounded__epochs=arguments.epochs, poison__poison_rate=rate, **changed
-                )
-
-            outputs = steps.redteam(
-                str(arguments.data / "train.parquet"),
-                str(arguments.data / "test.parquet"),
-                arguments.out.with_suffix(""),
-                limit=arguments.limit,
-                params_of=params_of,
-                attacks=("badnets" if drawn["rate"] else "clean",),
-                presets=("cbd",),
-                seeds=(number % SEEDS,),
-                known=known,
-            )
-            row = outputs["rows"][0]
-            rows[number] = about() | {"draw": number, "trigger": drawn["trigger"], "held": held(row)} | row
+            rows[number] = measure(number, arguments, known)
             write_json(arguments.out, list(rows.values()))
     except CbdError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     told = [rows[number] for number in range(arguments.draws)]
-    shown = (
-        "draw",
-        "place",
-        "pattern",
-        "colour",
-        "target_label",
-        "poison_rate",
-        "ca",
-        "asr",
-        "excess_asr",
-        "separated",
-        "suspects",
-        "held",
-    )
-    print(table(shown, [row | row["trigger"] for row in told]))
+    print(table(SHOWN, [row | row["trigger"] for row in told]))
     print(f"\n{sum(row['held'] for row in told)} of {len(told)} held")
     return 0
+
+
+def measure(number: int, arguments: argparse.Namespace, known: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of draw `number`, one of `known` if it was measured before."""
+    drawn = draw(number, arguments.num_classes)
+
+    def params_of(*, preset: str, seed: int) -> Params:
+        changed = {"attack": "badnets", "trigger": drawn["trigger"], "target_label": drawn["target"], "poison_rate": drawn["rate"] or None}
+        poison = {f"poison__{name}": value for name, value in changed.items()}
+        return load(params_path=None, preset=preset, seed=seed, deconfounded__epochs=arguments.epochs, **poison)
+
+    outputs = steps.redteam(
+        *(str(arguments.data / name) for name in ("train.parquet", "test.parquet")),
+        arguments.out.with_suffix(""),
+        limit=arguments.limit,
+        params_of=params_of,
+        attacks=("badnets" if drawn["rate"] else "clean",),
+        presets=("cbd",),
+        seeds=(number % SEEDS,),
+        known=known,
+    )
+    row = outputs["rows"][0]
+    return about() | {"draw": number, "trigger": drawn["trigger"], "held": held(row)} | row
 
 
 def held(row: dict[str, Any]) -> bool:

@@ -232,7 +232,13 @@ def check_section(model: type[S], values: dict[str, Any], *, name: str) -> S:
             raise ConfigError(f"{name}: unknown key {where!r}{_nearest(str(first['loc'][-1]), known)}") from None
         if first["type"] == "missing":
             raise ConfigError(f"{name}: {where!r} is required and missing") from None
-        raise ConfigError(f"{name}: {where} = {first['input']!r}: {first['msg'].lower()}") from None
+        raise ConfigError(f"{name}: {wrong_value(error)}") from None
+
+
+def wrong_value(error: ValidationError) -> str:
+    """The first value that pydantic refuses, and why, in one line."""
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])} = {first['input']!r}: {first['msg'].lower()}"
 
 
 def section_digest(section: Section) -> str:

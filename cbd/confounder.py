@@ -84,11 +84,11 @@ def steps_asked(history: list[dict[str, float]], settings: Settings, steps_per_e
         settings: budget and largest number of epochs.
         steps_per_epoch: of a whole epoch.
     """
-    limit = settings.max_epochs * steps_per_epoch
-    if not settings.until_slow or len(history) < 2 or len(history) * steps_per_epoch + steps_per_epoch <= settings.steps:
+    limit, whole = settings.max_epochs * steps_per_epoch, (len(history) + 1) * steps_per_epoch
+    if not settings.until_slow or len(history) < 2 or whole <= settings.steps:
         return min(settings.steps, limit)
-    fast = history[-1]["loss"] < LEARNING * history[-2]["loss"] and history[-1]["step"] == len(history) * steps_per_epoch
-    return min((len(history) + 1) * steps_per_epoch if fast else settings.steps, limit)
+    fast = history[-1]["loss"] < LEARNING * history[-2]["loss"] and history[-1]["step"] == whole - steps_per_epoch
+    return min(whole if fast else settings.steps, limit)
 
 
 def _log(losses: Tensor) -> Tensor:

@@ -69,16 +69,17 @@ def train_deconfounded(
     if evidence is not None and evidence.confounder is not None and settings.mi_weight and settings.dependence == "adversarial":
         models["critic"] = objective.make_critic(model, evidence.confounder)
         optimizers["critic"] = torch.optim.Adam(models["critic"].parameters(), lr=settings.critic_learning_rate)
-    isolating = evidence is not None and settings.weight == "isolation"
-    weights = evidence.weights.clone() if evidence is not None and isolating else torch.ones(num, device=images.device)
+    weights, doubted = torch.ones(num, device=images.device), None
+    if evidence is not None and settings.weight == "isolation":
+        weights, doubted = evidence.weights.clone(), evidence.doubted
     session = Session(models, optimizers, generator, {"weight": weights})
     key = f"{'undefended' if evidence is None else 'deconfounded'} {params.model_dump_json(include={'seed', 'model', 'deconfounded'})}"
     session.resume(checkpoint, key=key)
     steps = max(1, num // min(num, settings.batch_size))
-    look = max(1, int(settings.second_look * settings.epochs)) if settings.second_look and isolating else None
+    look = max(1, int(settings.second_look * settings.epochs)) if settings.second_look else None
     while session.epoch < settings.epochs:
-        if session.epoch == look and evidence is not None and evidence.doubted is not None:
-            second_look(model, images, labels, evidence.doubted, session.tables["weight"])
+        if session.epoch == look and doubted is not None:
+            second_look(model, images, labels, doubted, session.tables["weight"])
         measured = []
         for step, chosen in enumerate(batches(num, settings.batch_size, generator=generator)):
             done = (session.epoch + step / steps) / settings.epochs

@@ -16,7 +16,6 @@ MAX_P_VALUE = 1e-3
 """Largest p-value of the reversal at which a group counts as separated."""
 BELIEVED = math.log(2)
 """Largest median final loss of a group: the confounder believes its labels more than all others together, so it has learned something."""
-MIN_LOSS = 1e-6
 MIN_SUSPECTS = 10
 MAX_SHARE = 0.5
 """A larger group cannot be told from the honest samples without knowing which is which."""
@@ -108,13 +107,12 @@ def separate(losses: Floats, preferences: Floats, final_losses: Floats, *, seed:
     Args:
         losses: float [N] > 0, the confounder's.
         preferences: float [N] in [0, 1], how far the pilot prefers another class than the given label.
-        final_losses: float [N] >= 0, the confounder's at its end.
+        final_losses: float [N] > 0, the confounder's at its end.
         seed: of the other components' starting points.
     """
-    last = final_losses.clip(MIN_LOSS)
     found = reversal(losses, preferences)
-    if 2 * found.p_value > MAX_P_VALUE and (late := reversal(last, preferences)).p_value < found.p_value:
-        found, losses = late, last
+    if 2 * found.p_value > MAX_P_VALUE and (late := reversal(final_losses, preferences)).p_value < found.p_value:
+        found, losses = late, final_losses
     p_value = min(1.0, 2 * found.p_value)
     nothing = Separation(False, p_value, None, 0.0, np.zeros(len(losses)))
     if p_value > MAX_P_VALUE or len(losses) < 10 * NUM_GROUPS:

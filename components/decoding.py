@@ -2,17 +2,16 @@
 
 import multiprocessing
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, TimeoutError
 from functools import cache
-from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
 from cbd.config import Ingest
 from cbd.dataset import Row, make_row
 from cbd.images import Refused
+from components.parallel import in_order, num_cores
 from components.rawfiles import RawFile
 
 CHUNK_FILES, CHUNK_BYTES = 64, 4 * 2**20
@@ -30,28 +29,15 @@ def decode_files(files: Iterable[RawFile], *, source: str, limits: Ingest) -> It
         limits: of pixels and seconds.
     """
     pool = _pool(limits.max_pixels)
-    waiting: deque[tuple[list[RawFile], Future[Any]]] = deque()
-    try:
-        for chunk in _chunks(files):
-            waiting.append((chunk, _schedule(pool, chunk, source, limits)))
-            if len(waiting) > 2 * _num_workers():
-                yield from _finish(pool, *waiting.popleft(), source, limits)
-        while waiting:
-            yield from _finish(pool, *waiting.popleft(), source, limits)
-    finally:
-        for _, future in waiting:
-            future.cancel()
+    for chunk, future in in_order(lambda chunk: _schedule(pool, chunk, source, limits), _chunks(files), ahead=2 * num_cores()):
+        yield from _finish(pool, chunk, future, source, limits)
 
 
 @cache
 def _pool(max_pixels: int) -> ProcessPool:
     """The workers of this process, started on first use and ended with it."""
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of running threads
-    return ProcessPool(_num_workers(), initializer=_limit_memory, initargs=(max_pixels,), context=context)
-
-
-def _num_workers() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ProcessPool(num_cores(), initializer=_limit_memory, initargs=(max_pixels,), context=context)
 
 
 def _chunks(files: Iterable[RawFile]) -> Iterator[list[RawFile]]:

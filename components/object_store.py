@@ -4,21 +4,20 @@ What is read is what was listed: every request carries the listed ETag, so that 
 """
 
 import contextlib
+import functools
 import hashlib
 import re
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from cbd.errors import DataError, EnvironmentFault
+from components.parallel import Item, Result, in_order
 from components.rawfiles import printable
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 ATTEMPTS = 3
 """At reading the body of an object; botocore repeats requests, but not a body that breaks off."""
 WORKERS = 8
@@ -126,18 +125,9 @@ class _AsListed:
 
 def read_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """`function` of every item, in their order; a few calls ahead run in threads, and no more than that are held."""
-    waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(WORKERS) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= 2 * WORKERS:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        for _, future in in_order(functools.partial(pool.submit, function), items, ahead=2 * WORKERS):
+            yield future.result()
 
 
 def _other_bytes(told: str, path: str) -> str:

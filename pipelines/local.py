@@ -21,6 +21,7 @@ from typing import Any
 
 from cbd.errors import ConfigError
 from cbd.files import disk_fault, write_json
+from components.parallel import num_cores
 from pipelines.progress import display
 
 PIPELINE = "pipelines.retrain:retrain"
@@ -43,12 +44,7 @@ def share_cores() -> None:
     needed for the same bytes.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("OMP_NUM_THREADS", str(_num_cores()))
-
-
-def _num_cores() -> int:
-    """The cores that this process may use, where the system tells, else all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(num_cores()))
 
 
 def run(arguments: dict[str, Any], run_dir: Path, *, pipeline: str = PIPELINE) -> bool:

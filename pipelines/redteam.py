@@ -92,10 +92,8 @@ def redteam(
             copies = _poisoned(taken_in / "dataset", trial, out)
             source = (copies[-1] if copies else taken_in) / "dataset"
             clean = _train(taken_in / "dataset", Trial(None, "none", plain), out)
-            undefended = None
-            if "none" in presets:
-                undefended = _train(source, Trial(attack, "none", plain), out) if copies else clean
-            trained = undefended if preset == "none" and undefended else _train(source, trial, out, copies)
+            undefended = (_train(source, Trial(attack, "none", plain), out) if copies else clean) if "none" in presets else None
+            trained = undefended if preset == "none" else _train(source, trial, out, copies)
             measured[name] = {"trial": name} | _row(trial, trained, clean, undefended, copies, taken_in / "trusted_set")
         rows.append(measured[name])
         _write_table(rows, out / TABLE)
@@ -202,18 +200,17 @@ def _row(trial: Trial, trained: Path, clean: Path, undefended: Path | None, copi
 def _measure(folders: list[Path], truth: Truth, samples: Samples, trusted_set: Path) -> list[tuple[float, float, float]]:
     """Clean accuracy, attack success rate and robust accuracy of the model in each folder; the images are stamped once for all."""
     from cbd.attacks import make_attack
+    from cbd.bundle import read_card
     from cbd.evaluate import clean_accuracy, predictions, triggered_rates
-    from cbd.models import load_model
-    from cbd.training import best_device
 
-    num_classes = len(load_model(folders[0] / "model")[1].class_names)
+    num_classes = len(read_card(folders[0] / "model").class_names)
     victims = truth.goal.victims(samples.labels, num_classes=num_classes)
     if not victims.any():
         raise DataError(f"{trusted_set}: no image that the attack is after; give a trusted set of all classes")
     triggered = make_attack(truth.attack, **truth.trigger).stamp(samples.images[victims])
     measured = []
     for folder in folders:
-        network = load_model(folder / "model")[0].to(best_device())
+        network = _network(folder)
         accuracy = clean_accuracy(predictions(network, samples.images), samples.labels)
         rates = triggered_rates(predictions(network, triggered), samples.labels[victims], goal=truth.goal, num_classes=num_classes)
         measured.append(tuple(known["k"] / known["n"] for known in (accuracy, *rates)))
@@ -222,11 +219,16 @@ def _measure(folders: list[Path], truth: Truth, samples: Samples, trusted_set: P
 
 def _accuracy(folder: Path, samples: Samples) -> float:
     from cbd.evaluate import clean_accuracy, predictions
+
+    known = clean_accuracy(predictions(_network(folder), samples.images), samples.labels)
+    return float(known["k"] / known["n"])
+
+
+def _network(folder: Path) -> Any:
     from cbd.models import load_model
     from cbd.training import best_device
 
-    known = clean_accuracy(predictions(load_model(folder / "model")[0].to(best_device()), samples.images), samples.labels)
-    return float(known["k"] / known["n"])
+    return load_model(folder / "model")[0].to(best_device())
 
 
 def _detected(trained: Path, truths: list[Truth]) -> dict[str, Any]:

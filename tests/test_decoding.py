@@ -12,6 +12,7 @@ from cbd.dataset import make_row
 from cbd.images import Refused
 from components import decoding
 from components.decoding import decode_files
+from components.parallel import num_cores
 from components.rawfiles import RawFile
 
 
@@ -67,5 +68,5 @@ def test_only_a_few_chunks_are_read_ahead() -> None:
 
     walking = decode_files(files(), source="acme", limits=Ingest())
     next(walking)
-    assert taken <= (2 * decoding._num_workers() + 1) * decoding.CHUNK_FILES
+    assert taken <= (2 * num_cores() + 1) * decoding.CHUNK_FILES
     walking.close()  # type: ignore[attr-defined]

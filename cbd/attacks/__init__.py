@@ -6,7 +6,9 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
+from cbd.config import wrong_value
 from cbd.errors import ConfigError
 
 Images = NDArray[np.uint8]
@@ -79,8 +81,6 @@ def configure(name: str, settings: dict[str, Any]) -> Attack:
     Raises:
         ConfigError: no such attack or setting, a value of the wrong type or range, or settings for an attack that makes its own trigger.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     kind = attack_class(name)
     if kind.trained and settings:
         raise ConfigError(f"poison.trigger: {name} makes its trigger itself, but found {', '.join(settings)}; leave them out")
@@ -91,9 +91,7 @@ def configure(name: str, settings: dict[str, Any]) -> Attack:
     try:
         return TypeAdapter(kind).validate_python(settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"poison.trigger: {where} = {first['input']!r}: {first['msg'].lower()}") from None
+        raise ConfigError(f"poison.trigger: {wrong_value(error)}") from None
 
 
 def make_attack(name: str, **trigger: Any) -> Attack:

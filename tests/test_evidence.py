@@ -1,0 +1,139 @@
+"""Do the two views tell a group apart, who is in it, and which classes are crowded: worked out by hand and on made-up planes."""
+
+import math
+
+import numpy as np
+import pytest
+
+from cbd.evidence import Separation, crowded_classes, detection, rank_samples, reversal, separate, with_groups
+
+
+def plane(poisoned: int) -> tuple[np.ndarray, np.ndarray]:
+    """900 clean samples from easy for both to hard for both, and `poisoned` that only the confounder finds easy."""
+    generator = np.random.default_rng(0)
+    hard = generator.beta(1, 4, 900)
+    losses = np.exp(
+        np.concatenate((-3 + 3 * hard + 0.3 * generator.standard_normal(900), -3.5 + 0.3 * generator.standard_normal(poisoned)))
+    )
+    preferences = np.concatenate((0.5 * hard * generator.random(900), generator.beta(8, 2, poisoned)))
+    return losses, preferences
+
+
+def test_a_reversal_is_worked_out_by_hand() -> None:
+    """The example of docs/method.md: of 1,000 samples 200 are easy and 100 contradicted; 40 are both, where chance would put 20."""
+    losses, preferences = np.full(1000, 2.0), np.full(1000, 0.1)
+    losses[:200], preferences[160:260] = 1.0, 0.9
+    found = reversal(losses, preferences)
+    tail = sum(math.comb(100, k) * math.comb(900, 200 - k) for k in range(40, 101)) / math.comb(1000, 200)
+    assert tail == pytest.approx(8.85e-7, rel=0.01)
+    assert found.p_value == pytest.approx(80 * tail) and found.log10_p_value == pytest.approx(math.log10(80 * tail))
+    assert np.flatnonzero(found.inside).tolist() == list(range(160, 200))
+
+
+def test_views_that_agree_or_know_nothing_of_each_other_show_no_reversal() -> None:
+    generator = np.random.default_rng(0)
+    losses = np.exp(generator.standard_normal(2000))
+    assert reversal(losses, 1 - np.exp(-losses)).p_value == 1
+    assert reversal(losses, generator.random(2000)).p_value > 0.01
+    assert reversal(losses, np.exp(-losses)).log10_p_value < -100
+
+
+def crowd(contradicted: list[int], *, size: int = 200) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Classes of `size` samples, so many of each contradicted and hard."""
+    labels = np.repeat(np.arange(len(contradicted)), size)
+    against = np.concatenate([np.arange(size) < num for num in contradicted])
+    generator = np.random.default_rng(0)
+    losses = np.exp(generator.normal(np.where(against, 1.0, -1.0), 0.2))
+    called = np.where(against, (labels + 1) % len(contradicted), labels)
+    return losses, 3.0 * np.eye(len(contradicted))[called], labels
+
+
+def test_a_class_with_far_more_contradicted_labels_than_any_other_is_crowded_by_its_harder_samples() -> None:
+    """60 of 200 against at most 10 of 200: the limit is 20 of 200, and P(X >= 60) for 200 at 0.1 is tiny."""
+    losses, logits, labels = crowd([60, 10, 6, 10])
+    (found,) = crowded_classes(losses, logits, labels, known=np.zeros(800, bool))
+    assert found.label == 0 and found.members.tolist() == list(range(60)) and found.share == 0.3
+    assert found.p_value == pytest.approx(4 * sum(math.comb(200, k) * 0.1**k * 0.9 ** (200 - k) for k in range(60, 201)), rel=1e-6)
+
+
+def test_a_hard_class_that_is_confused_with_another_is_not_crowded_and_neither_is_what_is_known_already() -> None:
+    losses, logits, labels = crowd([60, 40, 6, 10])
+    assert crowded_classes(losses, logits, labels, known=np.zeros(800, bool)) == []
+    losses, logits, labels = crowd([60, 10, 6, 10])
+    assert crowded_classes(losses, logits, labels, known=np.arange(800) < 50) == []
+
+
+def test_the_rest_of_a_class_that_was_swollen_by_known_poison_is_not_crowded() -> None:
+    """Of 400 labels 300 are known: the pilot was held back by log 4 in that class, so that the other 100 look contradicted, and are not."""
+    losses, logits, labels = crowd([0, 10, 10, 10], size=400)
+    known = np.arange(1600) < 300
+    logits[labels == 0, 0] = 1.0
+    logits[labels == 0, 1] = 1.0 + math.log(4)
+    probabilities = np.exp(logits[399]) / np.exp(logits[399]).sum()
+    assert probabilities.max() - probabilities[0] == pytest.approx(0.523, abs=0.001)
+    assert crowded_classes(losses, logits, labels, known=known) == []
+    (found,) = crowded_classes(losses, logits, labels, known=np.zeros(1600, bool))
+    assert found.label == 0 and found.share == 1.0
+
+
+def test_groups_of_other_views_are_added_to_a_separation() -> None:
+    nothing = Separation(False, 1.0, None, 0.0, np.zeros(10))
+    assert with_groups(nothing, []) is nothing
+    found = with_groups(nothing, [(np.array([1, 2]), 1.0), (np.array([2, 7]), np.array([0.6, 0.7]))])
+    assert found.separated and found.share == 0.3 and found.posterior[[0, 1, 2, 7]].tolist() == [0, 1, 1, 0.7]
+    assert not nothing.posterior.any()
+
+
+def test_a_poisoned_group_is_told_apart_without_its_rate() -> None:
+    for poisoned in (30, 100, 300):
+        losses, preferences = plane(poisoned)
+        found = separate(losses, preferences, losses, seed=0)
+        truth = np.arange(900 + poisoned) >= 900
+        assert found.separated
+        assert ((found.posterior > 0.5) == truth).mean() > 0.98
+        scores = -rank_samples(found.posterior, losses, preferences, np.full(len(losses), 2.0)).astype(float)
+        measured = detection(scores, truth)
+        assert measured is not None
+        assert measured["auroc"] > 0.99
+
+
+def test_suspects_whose_label_the_final_model_believes_rank_behind_the_others() -> None:
+    """Odds of posterior and of 1 - p_c: 9 * 1/9 = 1, 4 * 9 = 36, 1/999 twice (ties by preference), 1 * 9 = 9, and a posterior of 1."""
+    posterior, final = np.array([0.9, 0.8, 0.0, 0.0, 0.5, 1.0]), -np.log([0.9, 0.1, 0.5, 0.5, 0.1, 0.99])
+    assert rank_samples(posterior, np.ones(6), np.array([0.1, 0.1, 0.2, 0.3, 0.1, 0.1]), final).tolist() == [3, 1, 5, 4, 2, 0]
+
+
+def test_a_trigger_that_was_learned_late_separates_by_the_last_losses() -> None:
+    losses, preferences = plane(100)
+    on_average = np.exp(np.random.default_rng(1).normal(0, 0.3, len(losses)))
+    found = separate(on_average, preferences, losses, seed=0)
+    assert found.separated and ((found.posterior > 0.5) == (np.arange(1000) >= 900)).mean() > 0.98
+    assert found.p_value == pytest.approx(2 * reversal(losses, preferences).p_value)
+
+
+def test_a_confounder_that_learned_nothing_separates_nothing() -> None:
+    losses, preferences = plane(100)
+    assert separate(losses, preferences, np.full(1000, 0.6), seed=0).separated
+    assert separate(losses, preferences, np.full(1000, 2.3), seed=0).separated is False
+
+
+def test_nothing_separates_on_clean_samples_and_every_weight_stays_one() -> None:
+    losses, preferences = plane(0)
+    found = separate(losses, preferences, losses, seed=0)
+    assert found.separated is False
+    assert not found.posterior.any()
+
+
+def test_mislabelled_samples_alone_do_not_separate() -> None:
+    losses, preferences = plane(100)
+    losses[900:] = np.exp(1 + 0.2 * np.random.default_rng(1).standard_normal(100))
+    assert separate(losses, preferences, losses, seed=0).separated is False
+
+
+def test_too_few_or_constant_samples_do_not_separate() -> None:
+    assert separate(np.ones(20), np.zeros(20), np.ones(20), seed=0).separated is False
+    assert separate(np.ones(200), np.linspace(0, 1, 200), np.ones(200), seed=0).separated is False
+
+
+def test_detection_is_unknown_without_both_kinds() -> None:
+    assert detection(np.arange(4.0), np.zeros(4, bool)) is None
