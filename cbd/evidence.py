@@ -17,9 +17,13 @@ MAX_P_VALUE = 1e-3
 BELIEVED = math.log(2)
 """Largest median final loss of a group: the confounder believes its labels more than all others together, so it has learned something."""
 MIN_SUSPECTS = 10
+AS_EASY = 0.95
+"""Quantile of a group's losses up to which a sample is as easy as the group."""
 MAX_SHARE = 0.5
 """A larger group cannot be told from the honest samples without knowing which is which."""
 NUM_GROUPS = 4
+CONCENTRATED = 0.9
+"""Share of a part of the plane that must bear the label of the group's own class to count as more of the group."""
 CONTRADICTED, CROWDED, MIN_CROWD = 0.5, 2.0, 40
 """Preference above which a label counts as contradicted; how many times as often as in any other class; smallest class that is asked."""
 NUM_BINS = 40
@@ -93,11 +97,12 @@ def reversal(losses: Floats, preferences: Floats) -> Reversal:
     return Reversal(10**log10, log10, inside)
 
 
-def separate(losses: Floats, preferences: Floats, final_losses: Floats, *, seed: int) -> Separation:
+def separate(losses: Floats, preferences: Floats, final_losses: Floats, labels: NDArray[np.int64], *, seed: int) -> Separation:
     """Looks for poison as a group of its own in the plane of what the two views say, both as log odds.
 
     The coordinates are the log odds of p_b = exp(-loss) and of the preference. Whether there is a group is decided by the `reversal`; who
-    belongs to it by a Gaussian mixture of `NUM_GROUPS`, whose first component starts from the samples where the reversal shows. A
+    belongs to it by a Gaussian mixture of `NUM_GROUPS`, whose first component starts from the samples where the reversal shows; another
+    one of which nearly all have the label that most of the first have is more of the same. A
     confounder that has learned nothing yet finds the most frequent classes easy, which an adjusted pilot contradicts: so it must believe
     the group's labels in the end. Clean-label poison is not seen by this: nothing contradicts its labels.
 
@@ -108,6 +113,7 @@ def separate(losses: Floats, preferences: Floats, final_losses: Floats, *, seed:
         losses: float [N] > 0, the confounder's.
         preferences: float [N] in [0, 1], how far the pilot prefers another class than the given label.
         final_losses: float [N] > 0, the confounder's at its end.
+        labels: int64 [N], as given.
         seed: of the other components' starting points.
     """
     found = reversal(losses, preferences)
@@ -117,35 +123,58 @@ def separate(losses: Floats, preferences: Floats, final_losses: Floats, *, seed:
     nothing = Separation(False, p_value, None, 0.0, np.zeros(len(losses)))
     if p_value > MAX_P_VALUE or len(losses) < 10 * NUM_GROUPS:
         return nothing
-    posterior = _membership(np.column_stack((_log_odds(np.exp(-losses)), _log_odds(preferences))), found.inside, seed=seed)
+    posterior = _membership(np.column_stack((_log_odds(np.exp(-losses)), _log_odds(preferences))), found.inside, labels, seed=seed)
     group = posterior > 0.5
     if not MIN_SUSPECTS <= group.sum() <= MAX_SHARE * len(group) or np.median(final_losses[group]) > BELIEVED:
         return nothing
     return Separation(True, p_value, _gap(losses, preferences, group), float(group.mean()), posterior)
 
 
-def crowded_classes(losses: Floats, logits: Floats, labels: NDArray[np.int64], *, known: NDArray[np.bool_]) -> list[Crowd]:
+def swallowed(separation: Separation, losses: Floats, labels: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+    """bool [N]: what a pilot must do without to judge it, since the one that has flown has learned the trigger; None if it has not.
+
+    These are the samples of the group's class that the confounder finds as easy as nearly all of the group. If most of them are not
+    in the group, the pilot no longer contradicts what the confounder cannot tell from it.
+
+    Args:
+        separation: with a group nearly all of one class; else None comes back.
+        losses: float [N] > 0, the confounder's.
+        labels: int64 [N], as given.
+    """
+    group = separation.posterior > 0.5
+    if not separation.separated or not group.any():
+        return None
+    label = np.bincount(labels[group]).argmax()
+    as_easy = (labels == label) & (losses <= np.quantile(losses[group], AS_EASY))
+    one_class = (labels[group] == label).mean() >= CONCENTRATED
+    return as_easy if one_class and group[as_easy].mean() < 0.5 else None
+
+
+def crowded_classes(
+    losses: Floats, logits: Floats, labels: NDArray[np.int64], *, known: NDArray[np.bool_], counts: NDArray[np.int64]
+) -> list[Crowd]:
     """Classes that hold far more contradicted labels than any other, and which of their samples do not belong there.
 
     Poison whose trigger nobody has learned yet is mislabelled data, all of it in one class: hard for the confounder, contradicted by the
     pilot. A class is crowded if the share of its labels that the pilot clearly contradicts is more than `CROWDED` times that of every
     other class (exact binomial test, for all classes at once). Its samples are then split in two by their losses. Honest hard classes are
     confused with each other, so that no single one stands out so far; labels that a supplier got wrong in one class do look like this.
-    The pilot was held back from a class as large as its labels made it. Where another view has set some of them aside, the rest of the
-    class gets back the log of what it was larger by; without that the honest rest would look contradicted.
+    The pilot was held back from a class as large as the labels that it learned from made it. Where another view has set some of them
+    aside, the rest of the class gets back the log of what it was larger by; without that the honest rest would look contradicted.
 
     Args:
         losses: float [N] > 0, the confounder's.
         logits: float [N, K], the pilot's, without the log prior of the labels.
         labels: int64 [N], as given.
         known: bool [N], suspects of another view, which are left out.
+        counts: int64 [K], how many labels of each class the pilot learned from.
     """
     from scipy.special import softmax
     from scipy.stats import binom
     from sklearn.mixture import GaussianMixture
 
-    given, num = (np.bincount(labels[chosen], minlength=logits.shape[1]) for chosen in (slice(None), ~known))
-    probabilities = softmax(logits + np.log(given.clip(1) / num.clip(1)), axis=1)
+    num = np.bincount(labels[~known], minlength=logits.shape[1])
+    probabilities = softmax(logits + np.log(counts.clip(1) / num.clip(1)), axis=1)
     preferences = probabilities.max(1) - probabilities[np.arange(len(labels)), labels]
     contradicted = np.bincount(labels[~known & (preferences > CONTRADICTED)], minlength=len(num))
     shares = contradicted / num.clip(1)
@@ -173,8 +202,11 @@ def with_groups(separation: Separation, groups: Sequence[tuple[NDArray[np.int64]
     return replace(separation, separated=True, share=float((posterior > 0.5).mean()), posterior=posterior)
 
 
-def _membership(plane: Floats, inside: NDArray[np.bool_], *, seed: int) -> Floats:
-    """float [N]: posterior of the component that starts from the points `inside`; the others start from clusters of the rest."""
+def _membership(plane: Floats, inside: NDArray[np.bool_], labels: NDArray[np.int64], *, seed: int) -> Floats:
+    """float [N]: posterior of the component that starts from the points `inside`, and of those with hardly any other label than its own.
+
+    The other components start from clusters of the rest.
+    """
     from sklearn.cluster import KMeans
     from sklearn.mixture import GaussianMixture
 
@@ -196,7 +228,11 @@ def _membership(plane: Floats, inside: NDArray[np.bool_], *, seed: int) -> Float
         max_iter=200,
         random_state=seed,
     )
-    posterior: Floats = mixture.fit(scaled).predict_proba(scaled)[:, 0]
+    posteriors = mixture.fit(scaled).predict_proba(scaled)
+    nearest = posteriors.argmax(1)
+    same = labels == np.bincount(labels[nearest == 0] if (nearest == 0).any() else labels).argmax()
+    more = [part for part in range(1, NUM_GROUPS) if (nearest == part).any() and same[nearest == part].mean() >= CONCENTRATED]
+    posterior: Floats = posteriors[:, [0, *more]].sum(1).clip(0, 1)
     return posterior
 
 

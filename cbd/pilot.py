@@ -4,8 +4,12 @@ Until a trigger is learned, a poisoned sample with a changed label is simply a m
 contradicts while the confounder finds it easy loses its weight before the trigger is learned. Its logits carry the log prior of the
 given labels (Menon et al., ICLR 2021, logit adjustment), so that a target class swollen by poison gets no head start. It sees coarse
 views alone: a median over a window wipes out patches, lines and noise that are smaller than half of it, and leaves the shape of things.
+
+Where it learns the trigger all the same (one that shows in coarse views, among classes that take longer), it contradicts some of the
+poison at first and less and less of it. Then it flies once more, without everything that might carry the trigger.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +38,8 @@ class Pilot:
     """float32 [N] in [0, 1]: running mean of how far the pilot prefers another class than the given label."""
     logits: Tensor
     """float32 [N, K]: its last look, without the log prior of the labels that it was trained with."""
+    counts: Tensor
+    """int64 [K]: how many labels of each class it was trained with."""
     history: list[dict[str, float]]
 
 
@@ -90,6 +96,7 @@ def train_pilot(
     params: Params,
     checkpoint: Path,
     on_epoch: OnEpoch,
+    without: Tensor | None = None,
 ) -> Pilot:
     """Runs the pilot; what it makes suspect is let go of as it goes on.
 
@@ -104,6 +111,7 @@ def train_pilot(
         params: the seed and the sections `model` and `confounder`.
         checkpoint: file that is written after every epoch.
         on_epoch: called after every epoch.
+        without: bool [N], samples that it looks at and does not learn from; None for none.
     """
     settings, num, device = params.confounder, len(labels), images.device
     generator = torch.Generator().manual_seed(params.seed + 1)
@@ -113,9 +121,12 @@ def train_pilot(
     steps_per_epoch = max(1, num // settings.batch_size)
     epochs = -(-steps // steps_per_epoch)
     images = coarse_views(images)
-    losses, log_prior = losses.to(device), (labels.bincount(minlength=num_classes).clamp_min(1) / num).log()
+    learned = torch.ones(num, device=device) if without is None else (~without).float().to(device)
+    counts = labels[learned > 0].bincount(minlength=num_classes)
+    losses, log_prior = losses.to(device), (counts.clamp_min(1) / num).log()
     session = Session({"model": model}, {"sgd": optimizer}, generator, {"preference": torch.zeros(num, device=device)})
-    key = f"pilot {steps} {params.model_dump_json(include={'seed', 'model', 'confounder'})}"
+    told = hashlib.sha256(learned.bool().cpu().numpy().tobytes()).hexdigest()[:16]
+    key = f"pilot {steps} {told} {params.model_dump_json(include={'seed', 'model', 'confounder'})}"
     session.resume(checkpoint, key=key)
     while session.epoch < epochs:
         measured, first = [], session.epoch * steps_per_epoch
@@ -123,7 +134,7 @@ def train_pilot(
             if step > steps:
                 break
             running = session.tables["preference"][chosen]
-            weight = (1 - suspicion(losses[chosen], running)) ** 4
+            weight = learned[chosen] * (1 - suspicion(losses[chosen], running)) ** 4
             view = augment(images[chosen], crop=params.model.scaled(4), flip=False, cutout=0, generator=generator)
             with autocast(device):
                 logits = model(view)[0].float()
@@ -139,7 +150,7 @@ def train_pilot(
         on_epoch(session.epoch, epochs, session.history[-1])
     logits = _logits_by_batch_statistics(model, images, num_classes, generator=generator)
     seen = preference(logits, labels)
-    return Pilot(remember(session.tables["preference"], seen).cpu(), logits.cpu(), session.history)
+    return Pilot(remember(session.tables["preference"], seen).cpu(), logits.cpu(), counts.cpu(), session.history)
 
 
 def evidence_so_far(losses: Tensor, preferences: Tensor) -> float:

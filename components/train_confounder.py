@@ -32,7 +32,7 @@ def train_confounder(
     """
     import contextlib
 
-    from cbd import confounder, pilot
+    from cbd import confounder
 
     data = load(dataset, params)
     place = checkpoint_folder(checkpoints, data.info, params, "confounder")
@@ -47,16 +47,7 @@ def train_confounder(
         )
         flown, curve = None, []
         if params.confounder.pilot:
-            flown = pilot.train_pilot(
-                data.images,
-                data.labels,
-                found.losses,
-                steps=found.steps,
-                checkpoint=place / "pilot.safetensors",
-                on_epoch=teller("train_confounder", curves, what="pilot"),
-                **common,
-            )
-            curve = [{"step": row["step"], "evidence": row["evidence"]} for row in flown.history]
+            flown, curve = _fly(data, found, place=place, on_epoch=teller("train_confounder", curves, what="pilot"), common=common)
     progress("train_confounder", 0, 1, "looking for patterns that images of a class share")
     patterns = _patterns(data, found, flown, params=params)
     with replacing(out) as temporary:
@@ -64,6 +55,35 @@ def train_confounder(
         _write(temporary, found, patterns, data=data, params=params)
         separation = _write_separation(temporary, found, flown, patterns, curve, data=data, params=params)
     return {"steps": found.steps, "separated": separation["separated"], "gap": separation["gap"], "suspects": separation["suspects"]}
+
+
+def _fly(data: Any, found: Any, *, place: Path, on_epoch: Any, common: dict[str, Any]) -> tuple[Any, list[dict[str, float]]]:
+    """The pilot and what it knew after each epoch; one that has learned the trigger itself flies again without what it must judge."""
+    import numpy as np
+    import torch
+
+    from cbd.evidence import swallowed
+    from cbd.pilot import train_pilot
+
+    about = {"steps": found.steps, "on_epoch": on_epoch, **common}
+    flown = train_pilot(data.images, data.labels, found.losses, checkpoint=place / "pilot.safetensors", **about)
+    history = flown.history
+    told = _separate(found, flown, data, seed=common["params"].seed)
+    if (without := swallowed(told, found.losses.numpy().astype(np.float64), data.labels.cpu().numpy())) is not None:
+        again = {"checkpoint": place / "pilot-again.safetensors", "without": torch.from_numpy(without)}
+        flown = train_pilot(data.images, data.labels, found.losses, **again, **about)
+        history = [*history, *({**row, "step": found.steps + row["step"]} for row in flown.history)]
+    return flown, [{"step": row["step"], "evidence": row["evidence"]} for row in history]
+
+
+def _separate(found: Any, flown: Any, data: Any, *, seed: int) -> Any:
+    """Whether confounder and pilot tell a group apart."""
+    import numpy as np
+
+    from cbd.evidence import separate
+
+    views = (view.numpy().astype(np.float64) for view in (found.losses, flown.preferences, found.final_losses))
+    return separate(*views, data.labels.cpu().numpy(), seed=seed)
 
 
 def _patterns(data: Any, found: Any, flown: Any, *, params: Params) -> list[Any]:
@@ -97,17 +117,19 @@ def _write_separation(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from cbd.evidence import Separation, crowded_classes, histogram, separate, with_groups
+    from cbd.evidence import Separation, crowded_classes, histogram, with_groups
 
     losses = found.losses.numpy().astype(np.float64)
     if flown is None:
         separation, seen = Separation(None, None, None, None, np.zeros(len(losses))), np.full(len(losses), np.nan)
     else:
         seen = flown.preferences.numpy().astype(np.float64)
-        separation = separate(losses, seen, found.final_losses.numpy().astype(np.float64), seed=params.seed)
+        separation = _separate(found, flown, data, seed=params.seed)
     separation = with_groups(separation, [(pattern.members, 1.0) for pattern in patterns])
     known, labels = separation.posterior > 0.5, data.labels.cpu().numpy()
-    crowds = [] if flown is None else crowded_classes(losses, flown.logits.numpy().astype(np.float64), labels, known=known)
+    crowds = []
+    if flown is not None:
+        crowds = crowded_classes(losses, flown.logits.numpy().astype(np.float64), labels, known=known, counts=flown.counts.numpy())
     separation = with_groups(separation, [(crowd.members, crowd.posterior) for crowd in crowds])
     columns = {"sample_id": data.sample_ids, "confounder_loss": losses, "preference": seen, "posterior": separation.posterior}
     columns["doubted"] = np.isin(labels, [crowd.label for crowd in crowds]) & ~known

@@ -48,7 +48,7 @@ def train_deconfounded(
     from cbd.models import save_bundle
 
     data = load(dataset, params)
-    found, views = _stage_one(confounder, data)
+    found, views = _stage_one(confounder, data, params=params)
     place = checkpoint_folder(checkpoints, data.info, params, "deconfounded")
     with live_curves(*tracked, "train_deconfounded", params) if tracked else contextlib.nullcontext() as curves:
         trained = train(
@@ -74,8 +74,11 @@ def _digest(confounder: Path) -> str:
     return hashlib.sha256(f"{bundle_digest(confounder)} {sha256_file(confounder / LOSSES)}".encode()).hexdigest()
 
 
-def _stage_one(confounder: Path, data: Loaded) -> tuple[Any, dict[str, Any]]:
-    """What stage 1 left behind, as stage 2 uses it, and its per-sample columns."""
+def _stage_one(confounder: Path, data: Loaded, *, params: Params) -> tuple[Any, dict[str, Any]]:
+    """What stage 1 left behind, as stage 2 uses it, and its per-sample columns.
+
+    Where the views looked and found nothing, the confounder holds nothing that a model should be made independent of: it is left out.
+    """
     import numpy as np
     import pyarrow.parquet as pq
     import torch
@@ -95,7 +98,8 @@ def _stage_one(confounder: Path, data: Loaded) -> tuple[Any, dict[str, Any]]:
     losses, weights = (
         torch.from_numpy(values.astype(np.float32)).to(device) for values in (views["confounder_loss"], 1 - views["posterior"])
     )
-    return Evidence(network.to(device), losses, weights, torch.from_numpy(views["doubted"]).to(device)), views
+    nothing = params.deconfounded.weight == "isolation" and read_separation(confounder)["separated"] is False
+    return Evidence(None if nothing else network.to(device), losses, weights, torch.from_numpy(views["doubted"]).to(device)), views
 
 
 def _write_evidence(path: Path, trained: Any, views: dict[str, Any], data: Loaded) -> int:

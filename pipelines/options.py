@@ -114,8 +114,9 @@ def load(*, params_path: Path | None, preset: str | None, **overrides: Any) -> "
 
 
 def split(text: str, known: tuple[str, ...], option: str, *, more: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The comma-separated names in `text`, or with `all` the known ones; raises ConfigError on one that is neither known nor of `more`."""
-    names = known if text == "all" else tuple(name.strip() for name in text.split(",") if name.strip())
+    """The comma-separated names in `text`, `all` being the known ones; raises ConfigError on one that is neither known nor of `more`."""
+    asked = [name.strip() for name in text.split(",") if name.strip()]
+    names = tuple(dict.fromkeys(each for name in asked for each in (known if name == "all" else (name,))))
     for name in names:
         if name not in known + more:
             raise ConfigError(f"{option} {name!r}: expected all, or some of {','.join(known + more)}")

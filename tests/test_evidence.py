@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from cbd.evidence import Separation, crowded_classes, detection, rank_samples, reversal, separate, with_groups
+from cbd.evidence import Separation, crowded_classes, detection, rank_samples, reversal, separate, swallowed, with_groups
 
 
 def plane(poisoned: int) -> tuple[np.ndarray, np.ndarray]:
@@ -17,6 +17,13 @@ def plane(poisoned: int) -> tuple[np.ndarray, np.ndarray]:
     )
     preferences = np.concatenate((0.5 * hard * generator.random(900), generator.beta(8, 2, poisoned)))
     return losses, preferences
+
+
+def given(num: int, *, poisoned: int = 0) -> np.ndarray:
+    """Labels of ten classes, the last `poisoned` of them 0."""
+    labels = np.random.default_rng(1).integers(10, size=num)
+    labels[num - poisoned :] = 0
+    return labels
 
 
 def test_a_reversal_is_worked_out_by_hand() -> None:
@@ -51,16 +58,16 @@ def crowd(contradicted: list[int], *, size: int = 200) -> tuple[np.ndarray, np.n
 def test_a_class_with_far_more_contradicted_labels_than_any_other_is_crowded_by_its_harder_samples() -> None:
     """60 of 200 against at most 10 of 200: the limit is 20 of 200, and P(X >= 60) for 200 at 0.1 is tiny."""
     losses, logits, labels = crowd([60, 10, 6, 10])
-    (found,) = crowded_classes(losses, logits, labels, known=np.zeros(800, bool))
+    (found,) = crowded_classes(losses, logits, labels, known=np.zeros(800, bool), counts=np.bincount(labels))
     assert found.label == 0 and found.members.tolist() == list(range(60)) and found.share == 0.3
     assert found.p_value == pytest.approx(4 * sum(math.comb(200, k) * 0.1**k * 0.9 ** (200 - k) for k in range(60, 201)), rel=1e-6)
 
 
 def test_a_hard_class_that_is_confused_with_another_is_not_crowded_and_neither_is_what_is_known_already() -> None:
     losses, logits, labels = crowd([60, 40, 6, 10])
-    assert crowded_classes(losses, logits, labels, known=np.zeros(800, bool)) == []
+    assert crowded_classes(losses, logits, labels, known=np.zeros(800, bool), counts=np.bincount(labels)) == []
     losses, logits, labels = crowd([60, 10, 6, 10])
-    assert crowded_classes(losses, logits, labels, known=np.arange(800) < 50) == []
+    assert crowded_classes(losses, logits, labels, known=np.arange(800) < 50, counts=np.bincount(labels)) == []
 
 
 def test_the_rest_of_a_class_that_was_swollen_by_known_poison_is_not_crowded() -> None:
@@ -71,8 +78,8 @@ def test_the_rest_of_a_class_that_was_swollen_by_known_poison_is_not_crowded() -
     logits[labels == 0, 1] = 1.0 + math.log(4)
     probabilities = np.exp(logits[399]) / np.exp(logits[399]).sum()
     assert probabilities.max() - probabilities[0] == pytest.approx(0.523, abs=0.001)
-    assert crowded_classes(losses, logits, labels, known=known) == []
-    (found,) = crowded_classes(losses, logits, labels, known=np.zeros(1600, bool))
+    assert crowded_classes(losses, logits, labels, known=known, counts=np.bincount(labels)) == []
+    (found,) = crowded_classes(losses, logits, labels, known=np.zeros(1600, bool), counts=np.bincount(labels))
     assert found.label == 0 and found.share == 1.0
 
 
@@ -87,7 +94,7 @@ def test_groups_of_other_views_are_added_to_a_separation() -> None:
 def test_a_poisoned_group_is_told_apart_without_its_rate() -> None:
     for poisoned in (30, 100, 300):
         losses, preferences = plane(poisoned)
-        found = separate(losses, preferences, losses, seed=0)
+        found = separate(losses, preferences, losses, given(len(losses), poisoned=poisoned), seed=0)
         truth = np.arange(900 + poisoned) >= 900
         assert found.separated
         assert ((found.posterior > 0.5) == truth).mean() > 0.98
@@ -95,6 +102,32 @@ def test_a_poisoned_group_is_told_apart_without_its_rate() -> None:
         measured = detection(scores, truth)
         assert measured is not None
         assert measured["auroc"] > 0.99
+
+
+def test_poison_that_the_pilot_no_longer_contradicts_is_of_the_group_if_it_is_as_easy_and_all_of_one_class() -> None:
+    losses, preferences = plane(300)
+    losses[1000:], preferences[1000:] = losses[1000:] ** 2, 0.02 * np.random.default_rng(2).random(200)
+    one_class, mixed = given(1200, poisoned=300), given(1200, poisoned=100)
+    mixed[900:1000], mixed[1000:] = 0, given(200)
+    found, apart = (separate(losses, preferences, losses, labels, seed=0).posterior > 0.5 for labels in (one_class, mixed))
+    assert found[900:].mean() > 0.95 and found[:900].mean() < 0.02
+    assert apart[900:1000].mean() > 0.9 and apart[1000:].mean() < 0.1
+
+
+def test_a_pilot_that_has_learned_the_trigger_must_do_without_what_is_as_easy_as_the_group_in_its_class() -> None:
+    """Of 100 samples of class 1 that are as easy as 20 in the group, 80 are not contradicted; of 30 in another class nothing is asked."""
+    labels, losses, posterior = np.repeat([0, 1, 2], 100), np.full(300, 1.0), np.zeros(300)
+    losses[110:200], losses[:30] = 0.1, 0.01
+    posterior[110:130], losses[110:130] = 1.0, 0.2
+    found = Separation(True, 1e-9, 3.0, 20 / 300, posterior)
+    without = swallowed(found, losses, labels)
+    assert without is not None and np.flatnonzero(without).tolist() == list(range(110, 200))
+    posterior[110:170] = 1.0
+    assert swallowed(found, losses, labels) is None, "the pilot contradicts most of them"
+    posterior[110:170], posterior[:20] = 0.0, 1.0
+    posterior[180:200] = 1.0
+    assert swallowed(found, losses, labels) is None, "a group of two classes"
+    assert swallowed(Separation(False, 1.0, None, 0.0, np.zeros(300)), losses, labels) is None
 
 
 def test_suspects_whose_label_the_final_model_believes_rank_behind_the_others() -> None:
@@ -106,20 +139,20 @@ def test_suspects_whose_label_the_final_model_believes_rank_behind_the_others() 
 def test_a_trigger_that_was_learned_late_separates_by_the_last_losses() -> None:
     losses, preferences = plane(100)
     on_average = np.exp(np.random.default_rng(1).normal(0, 0.3, len(losses)))
-    found = separate(on_average, preferences, losses, seed=0)
+    found = separate(on_average, preferences, losses, given(1000, poisoned=100), seed=0)
     assert found.separated and ((found.posterior > 0.5) == (np.arange(1000) >= 900)).mean() > 0.98
     assert found.p_value == pytest.approx(2 * reversal(losses, preferences).p_value)
 
 
 def test_a_confounder_that_learned_nothing_separates_nothing() -> None:
     losses, preferences = plane(100)
-    assert separate(losses, preferences, np.full(1000, 0.6), seed=0).separated
-    assert separate(losses, preferences, np.full(1000, 2.3), seed=0).separated is False
+    assert separate(losses, preferences, np.full(1000, 0.6), given(1000, poisoned=100), seed=0).separated
+    assert separate(losses, preferences, np.full(1000, 2.3), given(1000, poisoned=100), seed=0).separated is False
 
 
 def test_nothing_separates_on_clean_samples_and_every_weight_stays_one() -> None:
     losses, preferences = plane(0)
-    found = separate(losses, preferences, losses, seed=0)
+    found = separate(losses, preferences, losses, given(900), seed=0)
     assert found.separated is False
     assert not found.posterior.any()
 
@@ -127,12 +160,12 @@ def test_nothing_separates_on_clean_samples_and_every_weight_stays_one() -> None
 def test_mislabelled_samples_alone_do_not_separate() -> None:
     losses, preferences = plane(100)
     losses[900:] = np.exp(1 + 0.2 * np.random.default_rng(1).standard_normal(100))
-    assert separate(losses, preferences, losses, seed=0).separated is False
+    assert separate(losses, preferences, losses, given(1000, poisoned=100), seed=0).separated is False
 
 
 def test_too_few_or_constant_samples_do_not_separate() -> None:
-    assert separate(np.ones(20), np.zeros(20), np.ones(20), seed=0).separated is False
-    assert separate(np.ones(200), np.linspace(0, 1, 200), np.ones(200), seed=0).separated is False
+    assert separate(np.ones(20), np.zeros(20), np.ones(20), given(20), seed=0).separated is False
+    assert separate(np.ones(200), np.linspace(0, 1, 200), np.ones(200), given(200), seed=0).separated is False
 
 
 def test_detection_is_unknown_without_both_kinds() -> None:

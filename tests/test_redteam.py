@@ -9,10 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from cbd.bundle import read_card
+from cbd.errors import ConfigError
 from pipelines import cli, redteam, redteam_table
 from pipelines.damages import encode_png
 from pipelines.demo import load_scans
-from pipelines.options import load
+from pipelines.options import load, split
 
 PARAMS = """
 confounder: {steps: 12, batch_size: 16}
@@ -43,6 +45,12 @@ def run(place: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[in
         cli.main([*arguments, "--out", str(place / "out"), "--json", *more])
     told = capsys.readouterr()
     return int(ended.value.code or 0), json.loads(told.out.splitlines()[-1]), told.err
+
+
+def test_all_stands_for_the_six_attacks_beside_others_and_a_name_counts_once() -> None:
+    assert split("clean, all,clean,b", ("a", "b"), "--attacks", more=("clean",)) == ("clean", "a", "b")
+    with pytest.raises(ConfigError, match="--attacks 'c': expected all, or some of a,b"):
+        split("all,c", ("a", "b"), "--attacks")
 
 
 @pytest.mark.slow
@@ -181,3 +189,30 @@ def test_stage_two_starts_anew_with_other_evidence_on_the_same_confounder(
         taken_in / "dataset", tmp_path / "confounder", model=tmp_path / "other/model", evidence=tmp_path / "other/evidence", **common
     )
     assert made[0] == made[1] != other["model_digest"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("torch_one_thread")
+def test_where_nothing_separates_stage_two_is_plain_training_and_otherwise_it_is_not(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from components.train_confounder import train_confounder
+    from components.train_deconfounded import train_deconfounded
+
+    run(place, capsys, "--attacks", "clean", "--presets", "none")
+    (taken_in,) = (place / "out").glob("taken-in-*")
+    params = load(params_path=place / "params.yaml", preset=None)
+    train_confounder(taken_in / "dataset", tmp_path / "confounder", params=params, checkpoints=tmp_path / "checkpoints")
+    told = json.loads((tmp_path / "confounder" / "separation.json").read_text())
+
+    def weights(*, separated: bool, mi_weight: float) -> str:
+        (tmp_path / "confounder" / "separation.json").write_text(json.dumps(told | {"separated": separated}))
+        changed = params.model_copy(update={"deconfounded": params.deconfounded.model_copy(update={"mi_weight": mi_weight})})
+        out = tmp_path / f"{separated} {mi_weight}"
+        places = {"model": out / "model", "evidence": out / "evidence", "checkpoints": out / "checkpoints"}
+        train_deconfounded(taken_in / "dataset", tmp_path / "confounder", params=changed, **places)
+        return read_card(out / "model").weights_sha256
+
+    assert told["suspects"] == 0
+    plain = weights(separated=False, mi_weight=0.0)
+    assert weights(separated=False, mi_weight=0.5) == plain != weights(separated=True, mi_weight=0.5)

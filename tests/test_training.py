@@ -234,7 +234,7 @@ def test_plain_training_keeps_the_backdoor_and_the_defence_does_not(tmp_path: Pa
     caught = train_confounder(images, labels, checkpoint=tmp_path / "b", **common)
     flown = train_pilot(images, labels, caught.losses, steps=caught.steps, checkpoint=tmp_path / "p", **common)
     seen = (caught.losses, flown.preferences, caught.final_losses)
-    found = separate(*(view.numpy().astype(float) for view in seen), seed=0)
+    found = separate(*(view.numpy().astype(float) for view in seen), labels.numpy(), seed=0)
     assert found.separated
     weights = torch.from_numpy(1 - found.posterior).float()
     defended = train_deconfounded(images, labels, Evidence(caught.model, caught.losses, weights), checkpoint=tmp_path / "c", **common)
