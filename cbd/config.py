@@ -106,7 +106,7 @@ class Deconfounded(Section):
     noise: float = Field(default=0.3, ge=0, le=1)
     """Each image is mixed with uniform noise by a share of up to this, so that harmless damage turns fewer predictions."""
     weight: Literal["none", "formula", "isolation"] = "isolation"
-    """`none`: plain training. `formula`: w = l_b / (l_b + l_c) per batch. `isolation`: 1 - the probability of being a suspect."""
+    """`none`: plain training. `formula`: w = l_b / (l_b + l_c) per batch. `isolation`: max(0, 1 - 2 * posterior of the suspects' group)."""
     confounder_view: Literal["augmented", "stored"] = "stored"
     """For `formula`: whether l_b is taken on the augmented view or on the stored image."""
     normalise_weight: bool = False

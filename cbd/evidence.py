@@ -43,6 +43,8 @@ class Separation:
     """Share of the data set in the group, in [0, 1]."""
     posterior: Floats
     """float [N] in [0, 1]: probability that a sample belongs to the group; 0 everywhere if nothing separated."""
+    joined: float = 0.0
+    """Share of the group that is in it for its class and its low losses alone, in [0, 1]: the pilot does not contradict it."""
 
 
 @dataclass(frozen=True)
@@ -123,31 +125,31 @@ def separate(losses: Floats, preferences: Floats, final_losses: Floats, labels: 
     nothing = Separation(False, p_value, None, 0.0, np.zeros(len(losses)))
     if p_value > MAX_P_VALUE or len(losses) < 10 * NUM_GROUPS:
         return nothing
-    posterior = _membership(np.column_stack((_log_odds(np.exp(-losses)), _log_odds(preferences))), found.inside, labels, seed=seed)
+    posterior, joined = _membership(np.column_stack((_log_odds(np.exp(-losses)), _log_odds(preferences))), found.inside, labels, seed=seed)
     group = posterior > 0.5
     if not MIN_SUSPECTS <= group.sum() <= MAX_SHARE * len(group) or np.median(final_losses[group]) > BELIEVED:
         return nothing
-    return Separation(True, p_value, _gap(losses, preferences, group), float(group.mean()), posterior)
+    share = float((group & (joined > 0.5)).sum() / group.sum())
+    return Separation(True, p_value, _gap(losses, preferences, group), float(group.mean()), posterior, share)
 
 
 def swallowed(separation: Separation, losses: Floats, labels: NDArray[np.int64]) -> NDArray[np.bool_] | None:
     """bool [N]: what a pilot must do without to judge it, since the one that has flown has learned the trigger; None if it has not.
 
-    These are the samples of the group's class that the confounder finds as easy as nearly all of the group. If most of them are not
-    in the group, the pilot no longer contradicts what the confounder cannot tell from it.
+    It has if it no longer contradicts most of the group. These are the samples of the group's class that the confounder finds as easy as
+    nearly all of the group.
 
     Args:
-        separation: with a group nearly all of one class; else None comes back.
+        separation: of the pilot that has flown.
         losses: float [N] > 0, the confounder's.
         labels: int64 [N], as given.
     """
-    group = separation.posterior > 0.5
-    if not separation.separated or not group.any():
+    if separation.joined <= 0.5:
         return None
-    label = np.bincount(labels[group]).argmax()
-    as_easy = (labels == label) & (losses <= np.quantile(losses[group], AS_EASY))
-    one_class = (labels[group] == label).mean() >= CONCENTRATED
-    return as_easy if one_class and group[as_easy].mean() < 0.5 else None
+    group = separation.posterior > 0.5
+    own_class = labels == np.bincount(labels[group]).argmax()
+    as_easy: NDArray[np.bool_] = own_class & (losses <= np.quantile(losses[group], AS_EASY))
+    return as_easy
 
 
 def crowded_classes(
@@ -202,8 +204,15 @@ def with_groups(separation: Separation, groups: Sequence[tuple[NDArray[np.int64]
     return replace(separation, separated=True, share=float((posterior > 0.5).mean()), posterior=posterior)
 
 
-def _membership(plane: Floats, inside: NDArray[np.bool_], labels: NDArray[np.int64], *, seed: int) -> Floats:
-    """float [N]: posterior of the component that starts from the points `inside`, and of those with hardly any other label than its own.
+def isolation_weights(posterior: Floats) -> Floats:
+    """max(0, 1 - 2 * posterior), float [N] in [0, 1]: a suspect weighs nothing, a sample of whom nothing is said 1."""
+    weights: Floats = (1 - 2 * posterior).clip(0)
+    return weights
+
+
+def _membership(plane: Floats, inside: NDArray[np.bool_], labels: NDArray[np.int64], *, seed: int) -> tuple[Floats, Floats]:
+    """float [N] twice: posterior of the component that starts from the points `inside` with those of hardly any other label than its own,
+    and of the latter alone.
 
     The other components start from clusters of the rest.
     """
@@ -232,8 +241,8 @@ def _membership(plane: Floats, inside: NDArray[np.bool_], labels: NDArray[np.int
     nearest = posteriors.argmax(1)
     same = labels == np.bincount(labels[nearest == 0] if (nearest == 0).any() else labels).argmax()
     more = [part for part in range(1, NUM_GROUPS) if (nearest == part).any() and same[nearest == part].mean() >= CONCENTRATED]
-    posterior: Floats = posteriors[:, [0, *more]].sum(1).clip(0, 1)
-    return posterior
+    joined = posteriors[:, more].sum(1)
+    return (posteriors[:, 0] + joined).clip(0, 1), joined
 
 
 def _log_odds(probabilities: Floats) -> Floats:

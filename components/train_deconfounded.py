@@ -84,6 +84,7 @@ def _stage_one(confounder: Path, data: Loaded, *, params: Params) -> tuple[Any, 
     import torch
 
     from cbd.deconfounded import Evidence
+    from cbd.evidence import isolation_weights
     from cbd.models import load_model
 
     network, card = load_model(confounder)
@@ -96,7 +97,8 @@ def _stage_one(confounder: Path, data: Loaded, *, params: Params) -> tuple[Any, 
         raise DataError(f"{confounder / LOSSES}: holds other samples than the data set; train the confounder again")
     device = data.images.device
     losses, weights = (
-        torch.from_numpy(values.astype(np.float32)).to(device) for values in (views["confounder_loss"], 1 - views["posterior"])
+        torch.from_numpy(values.astype(np.float32)).to(device)
+        for values in (views["confounder_loss"], isolation_weights(views["posterior"]))
     )
     nothing = params.deconfounded.weight == "isolation" and read_separation(confounder)["separated"] is False
     return Evidence(None if nothing else network.to(device), losses, weights, torch.from_numpy(views["doubted"]).to(device)), views

@@ -1,11 +1,12 @@
 """Do the two views tell a group apart, who is in it, and which classes are crowded: worked out by hand and on made-up planes."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from cbd.evidence import Separation, crowded_classes, detection, rank_samples, reversal, separate, swallowed, with_groups
+from cbd.evidence import Separation, crowded_classes, detection, isolation_weights, rank_samples, reversal, separate, swallowed, with_groups
 
 
 def plane(poisoned: int) -> tuple[np.ndarray, np.ndarray]:
@@ -109,25 +110,28 @@ def test_poison_that_the_pilot_no_longer_contradicts_is_of_the_group_if_it_is_as
     losses[1000:], preferences[1000:] = losses[1000:] ** 2, 0.02 * np.random.default_rng(2).random(200)
     one_class, mixed = given(1200, poisoned=300), given(1200, poisoned=100)
     mixed[900:1000], mixed[1000:] = 0, given(200)
-    found, apart = (separate(losses, preferences, losses, labels, seed=0).posterior > 0.5 for labels in (one_class, mixed))
-    assert found[900:].mean() > 0.95 and found[:900].mean() < 0.02
-    assert apart[900:1000].mean() > 0.9 and apart[1000:].mean() < 0.1
+    found, apart = (separate(losses, preferences, losses, labels, seed=0) for labels in (one_class, mixed))
+    group, other = found.posterior > 0.5, apart.posterior > 0.5
+    assert group[900:].mean() > 0.95 and group[:900].mean() < 0.02
+    assert found.joined == pytest.approx(2 / 3, abs=0.03)
+    assert other[900:1000].mean() > 0.9 and other[1000:].mean() < 0.1
+    assert apart.joined == 0
 
 
-def test_a_pilot_that_has_learned_the_trigger_must_do_without_what_is_as_easy_as_the_group_in_its_class() -> None:
-    """Of 100 samples of class 1 that are as easy as 20 in the group, 80 are not contradicted; of 30 in another class nothing is asked."""
+def test_a_pilot_that_no_longer_contradicts_most_of_the_group_must_do_without_what_is_as_easy_in_its_class() -> None:
+    """A group of 20 of class 1 with losses of 0.2: 90 samples of that class are as easy, and 30 of another class count for nothing."""
     labels, losses, posterior = np.repeat([0, 1, 2], 100), np.full(300, 1.0), np.zeros(300)
     losses[110:200], losses[:30] = 0.1, 0.01
     posterior[110:130], losses[110:130] = 1.0, 0.2
-    found = Separation(True, 1e-9, 3.0, 20 / 300, posterior)
+    found = Separation(True, 1e-9, 3.0, 20 / 300, posterior, joined=0.6)
     without = swallowed(found, losses, labels)
     assert without is not None and np.flatnonzero(without).tolist() == list(range(110, 200))
-    posterior[110:170] = 1.0
-    assert swallowed(found, losses, labels) is None, "the pilot contradicts most of them"
-    posterior[110:170], posterior[:20] = 0.0, 1.0
-    posterior[180:200] = 1.0
-    assert swallowed(found, losses, labels) is None, "a group of two classes"
+    assert swallowed(replace(found, joined=0.5), losses, labels) is None
     assert swallowed(Separation(False, 1.0, None, 0.0, np.zeros(300)), losses, labels) is None
+
+
+def test_a_suspect_weighs_nothing() -> None:
+    assert isolation_weights(np.array([0.0, 0.2, 0.5, 0.8, 1.0])) == pytest.approx([1.0, 0.6, 0.0, 0.0, 0.0])
 
 
 def test_suspects_whose_label_the_final_model_believes_rank_behind_the_others() -> None:

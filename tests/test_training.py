@@ -14,7 +14,7 @@ from cbd.attacks import make_attack
 from cbd.config import Confounder, Deconfounded, Gate, Model, Params
 from cbd.confounder import steps_asked, train_confounder
 from cbd.deconfounded import Evidence, learning_rate, second_look, train_deconfounded
-from cbd.evidence import separate
+from cbd.evidence import isolation_weights, separate
 from cbd.models import make_model
 from cbd.pattern import find_patterns
 from cbd.pilot import coarse_views, preference, suspicion, train_pilot
@@ -236,7 +236,7 @@ def test_plain_training_keeps_the_backdoor_and_the_defence_does_not(tmp_path: Pa
     seen = (caught.losses, flown.preferences, caught.final_losses)
     found = separate(*(view.numpy().astype(float) for view in seen), labels.numpy(), seed=0)
     assert found.separated
-    weights = torch.from_numpy(1 - found.posterior).float()
+    weights = torch.from_numpy(isolation_weights(found.posterior)).float()
     defended = train_deconfounded(images, labels, Evidence(caught.model, caught.losses, weights), checkpoint=tmp_path / "c", **common)
     plain = train_deconfounded(images, labels, None, checkpoint=tmp_path / "u", **common)
     others = clean_labels != 0
