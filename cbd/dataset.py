@@ -41,6 +41,8 @@ class Row(NamedTuple):
     height: int
     mode: str
     format: str
+    batch: str = ""
+    """Names the delivery it came in: 12 hex digits over the pixels of all images that were new in it."""
 
 
 class DatasetInfo(BaseModel):
@@ -48,13 +50,14 @@ class DatasetInfo(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     class_names: tuple[str, ...]
     num_images: int
     class_counts: tuple[int, ...]
     image_sizes: dict[str, int]
     """`"<width>x<height>"`: number of images."""
     supplier: str
+    """Whom the images came from; several suppliers in alphabetical order, joined by `, `."""
     trial: bool
     """Poisoned on purpose: no model trained on it is ever promotable."""
     shards: dict[str, str]
@@ -158,7 +161,7 @@ def write_dataset(
         if strays := sorted(set(counts) - set(range(len(class_names)))):
             raise DataError(f"label {strays[0]} is outside the {len(class_names)} classes 0..{len(class_names) - 1}; give its class a name")
         values = {
-            "schema_version": 1,
+            "schema_version": 2,
             "class_names": list(class_names),
             "num_images": counts.total(),
             "class_counts": [counts[label] for label in range(len(class_names))],

@@ -15,7 +15,7 @@ GROUP_BYTES = 32 * 2**20
 def schema(class_names: Sequence[str]) -> pa.Schema:
     """The Arrow schema of every shard, with the class names as Hugging Face metadata."""
     text, number = pa.string(), pa.int64()
-    kinds = {"sample_id": text, "pixel_digest": text, "source": text, "original_path": text}
+    kinds = {"sample_id": text, "pixel_digest": text, "source": text, "batch": text, "original_path": text}
     kinds |= {"width": number, "height": number, "mode": text, "format": text, "num_bytes": number}
     features: dict[str, Any] = {"image": {"_type": "Image"}, "label": {"names": list(class_names), "_type": "ClassLabel"}}
     features |= {name: {"dtype": str(kind), "_type": "Value"} for name, kind in kinds.items()}

@@ -74,7 +74,7 @@ def _finish(
         if isinstance(outcome, Refused):
             yield file._replace(refusal=outcome), None
         else:
-            yield file, outcome._replace(data=file.data or b"")
+            yield file, outcome._replace(data=file.data or b"", source=file.released_from or source)
 
 
 def _alone(pool: ProcessPool, file: RawFile, source: str, limits: Ingest) -> Outcome:

@@ -1,8 +1,14 @@
-"""First step: a delivery and a trusted set become data sets of the house's format, and a quarantine with reasons."""
+"""First step: a delivery and a trusted set become data sets of the house's format, and a quarantine with reasons.
+
+The data set is the union of what was accepted with earlier deliveries and of what is new in this one.
+"""
 
 import contextlib
 import difflib
 import functools
+import itertools
+import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +22,13 @@ from cbd.config import Ingest, Poison
 from cbd.dataset import DatasetInfo, read_info, read_truth, write_dataset, write_truth
 from cbd.errors import DataError
 from cbd.files import replacing, write_json
+from components.accepted import Earlier, decided, read_earlier
 from components.delivery import read_delivery
 from components.intake import Intake, Summary, take_in
+from components.quarantine import keep as keep_refused
 from components.rawfiles import printable
 from components.records import kfp_component, progress
+from components.tracking import registered_name
 
 TRUSTED_SOURCE = "trusted"
 
@@ -45,13 +54,23 @@ class IngestOptions:
     poison: Poison = field(default_factory=Poison)
     """An attack here makes the data set a trial: it is poisoned on purpose after it was taken in."""
     seed: int = 0
+    workspace: Path | None = None
+    """Where earlier deliveries lie; None takes this one for itself, and so does a trial."""
+    name: str = "model"
+    """Of the registered model, before the digest of its class list: what is accepted is accepted for one model."""
+    run_id: str = ""
+    again: bool = False
+    """Train although the data set would be one that was decided on before."""
 
 
 def ingest(data: str, trusted: str, *, outputs: IngestPaths, params: Ingest, options: IngestOptions) -> dict[str, Any]:
     """Counts and digests of the delivery `data` and the trusted set `trusted`, taken in and written to `outputs`.
 
     The classes are the trusted set's: its Parquet metadata's names in their order, else its labels sorted. Equal pixels are kept once;
-    under two labels not at all. Images of the trusted set that are exact copies from the delivery are removed from it.
+    under two labels not at all. Images of the trusted set that are exact copies from the delivery are removed from it. With a workspace the
+    data set also holds what was accepted before, less what people rejected; what is refused goes to the workspace's quarantine as well.
+
+    `nothing_new` in the result names the run that was decided on the same data set and trusted set before; None if there is none.
 
     Raises:
         DataError: the delivery or the trusted set is missing, empty or unusable; nothing is written then.
@@ -67,16 +86,28 @@ def ingest(data: str, trusted: str, *, outputs: IngestPaths, params: Ingest, opt
         places.quarantine.mkdir()
         clean = _take_in(trusted, "trusted set", params, folder=places.quarantine, source=TRUSTED_SOURCE)
         class_names = _classes(clean[0], clean[1], trusted)
-        intake, _ = _take_in(data, "delivery", params, folder=places.quarantine, source=supplier, limit=options.limit)
-        _check_delivery(intake, class_names, data, params)
-        keep, removed = _without_copies(clean[0], intake, params)
+        earlier = _earlier(options, class_names, places.quarantine / "accepted")
+        told: dict[str, Any] = {"folder": places.quarantine, "source": supplier, "limit": options.limit, "earlier": earlier}
+        intake, _ = _take_in(data, "delivery", params, **told)
+        _check_delivery(intake, earlier, class_names, data, params)
+        keep, removed = _without_copies(clean[0], {*intake.digests, *earlier.labels}, params)
         write = functools.partial(write_dataset, class_names=class_names, shard_images=params.shard_images)
         trusted_info = write(places.trusted_set, clean[0].accepted(class_names, keep), supplier=TRUSTED_SOURCE)
-        info = write(places.dataset, intake.accepted(class_names, intake.kept()), supplier=supplier)
+        rows = itertools.chain(earlier.batches(), intake.accepted(class_names, intake.kept()))
+        info = write(places.dataset, rows, supplier=_suppliers(earlier, supplier, intake))
         info = _write_truth(places, info, options)
         summary = _write_summary(places.quarantine, intake, clean[0], removed)
+        shutil.rmtree(places.quarantine / "accepted", ignore_errors=True)
+    nothing_new = None
+    if options.workspace and not info.trial:
+        keep_refused(outputs.quarantine / "quarantine.parquet", options.workspace, run_id=options.run_id, supplier=supplier)
+        about = {"data": info.digest, "trusted": trusted_info.digest}
+        nothing_new = None if options.again else decided(options.workspace, registered_name(options.name, class_names), **about)
     return {
         **summary._asdict(),
+        "num_images": info.num_images,
+        "left_out": earlier.num_rejected,
+        "nothing_new": nothing_new,
         "digest": info.digest,
         "trusted_digest": trusted_info.digest,
         "trusted_images": trusted_info.num_images,
@@ -87,15 +118,31 @@ def ingest(data: str, trusted: str, *, outputs: IngestPaths, params: Ingest, opt
     }
 
 
-def _take_in(uri: str, name: str, params: Ingest, *, folder: Path, source: str, limit: int = 0) -> tuple[Intake, tuple[str, ...] | None]:
+def _earlier(options: IngestOptions, class_names: list[str], out: Path) -> Earlier:
+    """What was accepted, rejected and released before; nothing without a workspace, or for a trial."""
+    if options.workspace is None or options.poison.attack:
+        return Earlier()
+    return read_earlier(options.workspace, registered_name(options.name, class_names), out)
+
+
+def _suppliers(earlier: Earlier, supplier: str, intake: Intake) -> str:
+    """Whom the union came from."""
+    known = earlier.info.supplier.split(", ") if earlier.info else []
+    new = {supplier} if intake.kept().any() or not known else set()
+    return ", ".join(sorted({*known, *new}))
+
+
+def _take_in(
+    uri: str, name: str, params: Ingest, *, folder: Path, source: str, limit: int = 0, earlier: Earlier | None = None
+) -> tuple[Intake, tuple[str, ...] | None]:
     """The staged delivery and the class names in its metadata."""
     prefix = "" if name == "delivery" else "trusted-"
     told = functools.partial(progress, "ingest", note=name)
     with read_delivery(uri, name=name, limits=params, limit=limit) as delivery:
-        intake = take_in(delivery, folder=folder, prefix=prefix, source=source, limits=params, told=told)
+        intake = take_in(delivery, folder=folder, prefix=prefix, source=source, limits=params, told=told, earlier=earlier)
     if intake.delivered == 0:
         raise DataError(f"{name} {uri!r} is empty: no file in it; check the path")
-    if intake.summary().accepted == 0:
+    if intake.summary().accepted == intake.summary().known == 0:
         reasons = ", ".join(f"{count} {reason}" for reason, count in intake.summary().reasons.items())
         raise DataError(
             f"{name} {uri!r}: none of {intake.delivered} files is usable ({reasons}); deliver images in class folders or Parquet"
@@ -110,8 +157,8 @@ def _classes(clean: Intake, named: tuple[str, ...] | None, uri: str) -> list[str
     return list(named) if named else sorted(present, key=lambda name: (not name.isdecimal(), len(name) if name.isdecimal() else 0, name))
 
 
-def _check_delivery(intake: Intake, class_names: Sequence[str], uri: str, params: Ingest) -> None:
-    """Refuses a delivery that cannot be trained on.
+def _check_delivery(intake: Intake, earlier: Earlier, class_names: Sequence[str], uri: str, params: Ingest) -> None:
+    """Refuses a delivery that cannot be trained on, even with all that was accepted before.
 
     Raises:
         DataError: labels outside the classes, one class only, or too few images of a class.
@@ -121,7 +168,8 @@ def _check_delivery(intake: Intake, class_names: Sequence[str], uri: str, params
         close = difflib.get_close_matches(strays[0], class_names, n=1, cutoff=0.5)
         nearest = f"did you mean {close[0]!r}?" if close else f"its classes: {_listed(class_names)}"
         raise DataError(f"delivery {uri!r}: labels outside the trusted set's classes: {_listed(strays)}; {nearest}")
-    counts = {name: count for name, count in intake.counts().items() if name in set(class_names)}
+    before, now = Counter(earlier.labels.values()), intake.counts()
+    counts = {name: before[name] + now.get(name, 0) for name in class_names if name in before or name in now}
     if len(counts) < 2:
         raise DataError(f"delivery {uri!r}: one class only ({next(iter(counts))!r}); expected at least 2 of {_listed(class_names)}")
     for name, count in counts.items():
@@ -132,13 +180,12 @@ def _check_delivery(intake: Intake, class_names: Sequence[str], uri: str, params
             )
 
 
-def _without_copies(clean: Intake, intake: Intake, params: Ingest) -> tuple[npt.NDArray[np.bool_], int]:
-    """Which trusted images stay when exact copies from the delivery go, and how many go.
+def _without_copies(clean: Intake, delivered: set[bytes], params: Ingest) -> tuple[npt.NDArray[np.bool_], int]:
+    """Which trusted images stay when exact copies of what was ever delivered go, by pixel digest, and how many go.
 
     Raises:
         DataError: so many go that the trusted set was not held apart.
     """
-    delivered = set(intake.digests)
     kept = clean.kept()
     copies = kept & np.array([digest in delivered for digest in clean.digests], bool)
     removed, total = int(copies.sum()), int(kept.sum())
@@ -184,8 +231,12 @@ def ingest_step(
     data: str,
     trusted: str,
     records: str,
+    workspace: str,
+    run_id: str,
+    name: str,
     supplier: str,
     limit: int,
+    again: bool,
     truth_source: str,
     seed: int,
     params: dict,
@@ -195,15 +246,19 @@ def ingest_step(
     quarantine: dsl.Output[dsl.Artifact],
     truth: dsl.Output[dsl.Artifact],
     digest: dsl.OutputPath(str),
-):
-    """Takes a delivery and a trusted set in.
+) -> bool:
+    """Takes a delivery and a trusted set in; the unnamed output says whether there is anything new to train on.
 
     Args:
         data: delivery; local path or s3://bucket/prefix.
         trusted: trusted set; the same forms.
         records: prefix of the step records.
+        workspace: folder of the data registry, the audit log and the quarantine.
+        run_id: the run that takes it in.
+        name: name of the registered model, before the digest of its class list.
         supplier: who sent the delivery.
         limit: take in only the first so many files; 0 for all.
+        again: train although nothing is new.
         truth_source: TRUTH folder of the delivery, or empty.
         seed: seed of the poison of a trial.
         params: section `ingest` of params.yaml.
@@ -222,7 +277,9 @@ def ingest_step(
 
     with step(records, "ingest") as outputs:
         attack = check_section(Poison, poison, name="poison")
-        options = IngestOptions(supplier, int(limit), truth_source, attack, int(seed))
+        known = {"workspace": Path(workspace), "name": name, "run_id": run_id, "again": again}
+        options = IngestOptions(supplier, int(limit), truth_source, attack, int(seed), **known)
         places = IngestPaths(*(Path(artifact.path) for artifact in (dataset, trusted_set, quarantine, truth)))
         outputs |= ingest(data, trusted, outputs=places, params=check_section(Ingest, params, name="ingest"), options=options)
         Path(digest).write_text(outputs["digest"])
+    return outputs["nothing_new"] is None

@@ -1,9 +1,10 @@
 """One delivery on its way in: every file decoded once, then staged or quarantined, then cleared of duplicates and conflicts."""
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -17,6 +18,7 @@ from cbd.config import Ingest
 from cbd.dataset import Row, to_batches
 from cbd.images import Refused
 from cbd.shards import GROUP_BYTES, GROUP_ROWS, schema
+from components.accepted import Earlier
 from components.decoding import decode_files
 from components.rawfiles import Delivery, RawFile
 
@@ -70,8 +72,13 @@ class Summary(NamedTuple):
 
     delivered: int
     accepted: int
+    """New ones."""
     duplicates: int
     quarantined: int
+    known: int
+    """Duplicates of images that were accepted with an earlier delivery."""
+    released: int
+    """Files that people released from the quarantine, counted among the delivered ones."""
     reasons: dict[str, int]
 
 
@@ -90,14 +97,18 @@ class Intake:
     digests: list[bytes] = field(default_factory=list)
     duplicate_of: dict[int, int] = field(default_factory=dict)
     """Staged image: the first one with the same pixels and label."""
-    conflicts: set[int] = field(default_factory=set)
-    """Staged images whose pixels came under another label as well."""
+    known: set[int] = field(default_factory=set)
+    """Staged images that were accepted with an earlier delivery."""
+    refused: dict[int, Refused] = field(default_factory=dict)
+    """Staged images that do not go with others: under several labels, under another one than before, or rejected by a person."""
+    released: set[int] = field(default_factory=set)
+    """Staged images that a person released from the quarantine."""
     reasons: Counter[str] = field(default_factory=Counter)
 
     def kept(self) -> npt.NDArray[np.bool_]:
         """Per staged image, whether it is accepted."""
         kept = np.ones(len(self.labels), bool)
-        kept[[*self.duplicate_of, *self.conflicts]] = False
+        kept[[*self.duplicate_of, *self.known, *self.refused]] = False
         return kept
 
     def counts(self) -> dict[str, int]:
@@ -108,15 +119,24 @@ class Intake:
     def summary(self) -> Summary:
         """The counts of the quarantine's `summary.json`."""
         reasons = dict(sorted(self.reasons.items()))
-        return Summary(self.delivered, int(self.kept().sum()), len(self.duplicate_of), sum(reasons.values()), reasons)
+        duplicates = len(self.duplicate_of) + len(self.known)
+        known = (len(self.known), len(self.released))
+        return Summary(self.delivered, int(self.kept().sum()), duplicates, sum(reasons.values()), *known, reasons)
+
+    def batch(self) -> str:
+        """12 hex digits over the pixels of all accepted images, whatever their order."""
+        kept = sorted(digest for digest, chosen in zip(self.digests, self.kept(), strict=True) if chosen)
+        return hashlib.sha256(b"".join(kept)).hexdigest()[:12]
 
     def accepted(self, class_names: list[str], keep: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
         """The staged images where `keep` is true, as batches of a data set with these class names."""
+        name = self.batch()
         index = {name: number for number, name in enumerate(class_names)}
         new_label = np.array([index.get(name, -1) for name in self.label_names], np.int64)
         for start, batch in self._staged():
             labels = pa.array(new_label[batch["label"].to_numpy()])
             batch = batch.set_column(batch.schema.names.index("label"), "label", labels)
+            batch = batch.set_column(batch.schema.names.index("batch"), "batch", pa.array([name] * len(batch), pa.string()))
             yield batch.filter(pa.array(keep[start : start + len(batch)]))
 
     def _staged(self) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -127,36 +147,48 @@ class Intake:
                     yield start, batch
                     start += len(batch)
 
-    def sort_out(self, quarantine: Table, duplicates: Table) -> None:
-        """Decides between equal pixels: under one label the first is kept, under several labels none is."""
+    def sort_out(self, quarantine: Table, duplicates: Table, earlier: Earlier) -> None:
+        """Decides between equal pixels, earlier ones included: under one label the first is kept, under several labels none is.
+
+        What was accepted before keeps its label, and a label that a person gave on release counts against all others.
+        """
+        names = [self.label_names[label] for label in self.labels]
+        ruled = earlier.labels | {
+            self.digests[index]: names[index] for index in sorted(self.released) if self.digests[index] not in earlier.labels
+        }
         first: dict[bytes, int] = {}
         torn = set()
         for index, digest in enumerate(self.digests):
-            if self.labels[first.setdefault(digest, index)] != self.labels[index]:
+            if digest not in ruled and names[first.setdefault(digest, index)] != names[index]:
                 torn.add(digest)
+        first = {}
         for index, digest in enumerate(self.digests):
-            if digest in torn:
-                self.conflicts.add(index)
-            elif first[digest] != index:
+            if digest in earlier.rejected and index not in self.released:
+                self.refused[index] = Refused("rejected", "a person rejected this image")
+            elif digest in torn:
+                self.refused[index] = Refused("conflicting-labels", "the same image came under several labels")
+            elif digest in ruled and names[index] != ruled[digest]:
+                self.refused[index] = Refused("conflicts-with-accepted", f"the same image is accepted as {ruled[digest]!r}")
+            elif digest in earlier.labels:
+                self.known.add(index)
+            elif first.setdefault(digest, index) != index:
                 self.duplicate_of[index] = first[digest]
-        self._tell(quarantine, duplicates)
+        self._tell(quarantine, duplicates, earlier)
 
-    def _tell(self, quarantine: Table, duplicates: Table) -> None:
-        if not (self.conflicts or self.duplicate_of):
+    def _tell(self, quarantine: Table, duplicates: Table, earlier: Earlier) -> None:
+        wanted = {*self.refused, *self.known, *self.duplicate_of, *self.duplicate_of.values()}
+        if not wanted:
             return
-        wanted = {*self.conflicts, *self.duplicate_of, *self.duplicate_of.values()}
         kept: dict[int, tuple[str, str]] = {}
         for start, batch in self._staged():
             for index in sorted(wanted.intersection(range(start, start + len(batch)))):
                 row = batch.slice(index - start, 1).to_pylist()[0]
                 path, sample_id, name = row["original_path"], row["sample_id"], self.label_names[row["label"]]
-                if index in self.conflicts:
-                    refusal = Refused("conflicting-labels", "the same image came under several labels")
-                    self.refuse(quarantine, RawFile(path, name, row["image"]["bytes"], row["num_bytes"], refusal))
-                elif index in self.duplicate_of:
-                    duplicate_of, kept_sample_id = kept[self.duplicate_of[index]]
-                    columns = (path, name, sample_id, duplicate_of, kept_sample_id)
-                    duplicates.add(dict(zip(_DUPLICATES.names, columns, strict=True)))
+                if index in self.refused:
+                    self.refuse(quarantine, RawFile(path, name, row["image"]["bytes"], row["num_bytes"], self.refused[index]))
+                elif index in self.known or index in self.duplicate_of:
+                    before = (None, earlier.ids[self.digests[index]]) if index in self.known else kept[self.duplicate_of[index]]
+                    duplicates.add(dict(zip(_DUPLICATES.names, (path, name, sample_id, *before), strict=True)))
                 else:
                     kept[index] = (path, sample_id)
 
@@ -170,7 +202,16 @@ class Intake:
         quarantine.add(dict(zip(_QUARANTINE.names, columns, strict=True)), len(raw.data or b""))
 
 
-def take_in(delivery: Delivery, *, folder: Path, prefix: str, source: str, limits: Ingest, told: Callable[[int, int], None]) -> Intake:
+def take_in(
+    delivery: Delivery,
+    *,
+    folder: Path,
+    prefix: str,
+    source: str,
+    limits: Ingest,
+    told: Callable[[int, int], None],
+    earlier: Earlier | None = None,
+) -> Intake:
     """The delivery, decoded and sorted out; its stage is written beside the quarantine files, for the caller to remove.
 
     Args:
@@ -180,14 +221,19 @@ def take_in(delivery: Delivery, *, folder: Path, prefix: str, source: str, limit
         source: the supplier.
         limits: of a single image.
         told: called with (files seen, files in all) now and then.
+        earlier: what was delivered before; released files come in ahead of the delivery.
     """
+    earlier = earlier or Earlier()
+    if earlier.released:
+        files = itertools.chain(earlier.released, delivery.files)
+        delivery = replace(delivery, files=files, total=delivery.total + len(earlier.released))
     intake = Intake(folder / f"{prefix}stage.parquet")
     with Table(folder / f"{prefix}quarantine.parquet", _QUARANTINE) as quarantine:
         with pq.ParquetWriter(intake.stage, schema([]), compression="lz4") as stage:
             for batch in to_batches(_decodable(delivery, intake, quarantine, source=source, limits=limits, told=told)):
                 stage.write_batch(batch.replace_schema_metadata(schema([]).metadata))
         with Table(folder / f"{prefix}duplicates.parquet", _DUPLICATES) as duplicates:
-            intake.sort_out(quarantine, duplicates)
+            intake.sort_out(quarantine, duplicates, earlier)
     return intake
 
 
@@ -208,6 +254,8 @@ def _decodable(
         label = numbers.setdefault(raw.label_name, len(numbers))
         if label == len(intake.label_names):
             intake.label_names.append(raw.label_name)
+        if raw.released_from is not None:
+            intake.released.add(len(intake.labels))
         intake.labels.append(label)
         intake.digests.append(bytes.fromhex(row.pixel_digest))
         yield row._replace(label=label)

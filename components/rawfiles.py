@@ -28,6 +28,8 @@ class RawFile(NamedTuple):
     data: bytes | None
     num_bytes: int
     refusal: Refused | None = None
+    released_from: str | None = None
+    """Supplier of a file that a person released from the quarantine; None for a file of the delivery itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,19 @@ def find(workspace: Path, digest: str) -> Version | None:
     return None
 
 
+def versions(workspace: Path) -> list[tuple[str, DatasetInfo]]:
+    """Tag and description of every data set in the registry, the oldest first.
+
+    Raises:
+        DataError: the registry's description of one is malformed.
+    """
+    registry = workspace / "registry"
+    if not (registry / ".git").is_dir():
+        return []
+    tags = _git(registry, "tag", "--list", "--sort=creatordate").splitlines()
+    return [(tag, info) for tag in tags if (info := _described(registry, tag)) is not None]
+
+
 def fetch(tag: str, out: Path, *, workspace: Path) -> DatasetInfo:
     """The description of the data set under `tag`, brought to `out` from the remote and verified.
 
@@ -93,25 +106,40 @@ def fetch(tag: str, out: Path, *, workspace: Path) -> DatasetInfo:
 
     damage = (DvcException, DataIndexError, DiskError, ObjectDBError, ObjectFormatError, FileNotFoundError, DataError)
     registry = workspace / "registry"
-    names = _git(registry, "ls-tree", "--name-only", f"refs/tags/{tag}", "datasets/").splitlines() if _has(registry, tag) else []
-    message = _git(registry, "tag", "--list", "--format=%(contents:subject)", "--", tag) if names else ""
-    for name in names:
-        if not name.endswith(".json"):
-            continue
-        digest = json.loads(_git(registry, "show", f"refs/tags/{tag}:{name}"))["digest"]
-        if message != f"digest: {digest}":
-            continue
-        with replacing(out) as temporary:
-            try:
-                _dvc().get(str(registry), name.removesuffix(".json"), out=str(temporary), rev=tag)
-                info = verify_dataset(temporary)
-            except damage as error:
-                text = " ".join(str(error).split())[:200].replace(str(temporary), "")
-                raise DataError(f"{tag}: its shards in the remote are missing or altered: {text}; restore the remote") from None
-            if info.digest != digest:
-                raise DataError(f"{tag}: altered: the remote holds digest {info.digest[:12]}, the registry says {digest[:12]}")
-        return info
-    raise DataError(f"{registry}: no data set is tagged {tag!r}; `git tag --list` there shows all")
+    told = _described(registry, tag) if _has(registry, tag) else None
+    if told is None:
+        raise DataError(f"{registry}: no data set is tagged {tag!r}; `cbd data list` shows all")
+    with replacing(out) as temporary:
+        try:
+            _dvc().get(str(registry), _place(registry, tag, told.digest), out=str(temporary), rev=tag)
+            info = verify_dataset(temporary)
+        except damage as error:
+            text = " ".join(str(error).split())[:200].replace(str(temporary), "")
+            raise DataError(f"{tag}: its shards in the remote are missing or altered: {text}; restore the remote") from None
+        if info.digest != told.digest:
+            raise DataError(f"{tag}: altered: the remote holds digest {info.digest[:12]}, the registry says {told.digest[:12]}")
+    return info
+
+
+def _described(registry: Path, tag: str) -> DatasetInfo | None:
+    """The description of the data set under `tag`; None if the tag is of something else."""
+    message = _git(registry, "tag", "--list", "--format=%(contents:subject)", "--", tag)
+    digest = message.removeprefix("digest: ")
+    place = _place(registry, tag, digest)
+    if place is None:
+        return None
+    try:
+        return DatasetInfo.model_validate_json(_git(registry, "show", f"refs/tags/{tag}:{place}.json"))
+    except ValueError as error:
+        raise DataError(f"{registry}: {place}.json under {tag} is malformed: {str(error).splitlines()[0]}; restore the registry") from None
+
+
+def _place(registry: Path, tag: str, digest: str) -> str | None:
+    """Path of the data set with this digest under `tag`, without an ending."""
+    for name in _git(registry, "ls-tree", "--name-only", f"refs/tags/{tag}", "datasets/").splitlines():
+        if name.endswith(".json") and f'"{digest}"' in _git(registry, "show", f"refs/tags/{tag}:{name}"):
+            return name.removesuffix(".json")
+    return None
 
 
 def slug(supplier: str) -> str:

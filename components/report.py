@@ -75,7 +75,7 @@ def close(records: str, *, workspace: str, run_id: str, final_status: dict[str, 
 def _close_tracking(workspace: str, run_id: str, *, result: dict[str, Any], page: Path) -> str:
     from components.tracking import close_run
 
-    ended_well = result["verdict"] is not None and result["consistent"] and not result["stopped"]
+    ended_well = (result["verdict"] is not None or result["nothing_new"]) and result["consistent"] and not result["stopped"]
     try:
         close_run(workspace, run_id, status="FINISHED" if ended_well else "FAILED", artifacts=[page, page.with_name("result.json")])
     except CbdError as error:

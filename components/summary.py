@@ -82,6 +82,11 @@ class Run:
         return verdict if verdict in VERDICTS and self.decision.get("verdict") == verdict else None
 
     @property
+    def nothing_new(self) -> dict[str, Any] | None:
+        """Run id and verdict of the run that was decided on the same data before; None if there was something new."""
+        return _object(self.outputs("ingest").get("nothing_new")) or None
+
+    @property
     def trial(self) -> bool:
         """Poisoned on purpose: never promotable."""
         return bool(self.outputs("ingest").get("trial") or self.decision.get("trial"))
@@ -118,6 +123,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def alarms(run: Run) -> list[str]:
     """Why what ran is not what the verdict demands, one sentence each; empty when it is."""
+    if run.nothing_new:
+        return [f"Nothing was new, yet {name} ran." for name in run.records if name not in ("ingest", "report")]
     passed = run.outputs("validate").get("passed")
     found = [f"Validation refused the data, yet {name} ran." for name in (*TRAINING, "register") if passed is False and name in run.records]
     found += _decision_alarms(run)
@@ -148,7 +155,8 @@ def summarise(run: Run, run_dir: Path) -> dict[str, Any]:
     found = alarms(run)
     return {
         "verdict": run.verdict,
-        "sentence": run.decision.get("sentence") if run.verdict else None,
+        "sentence": run.decision.get("sentence") if run.verdict else _nothing_new(run),
+        "nothing_new": run.nothing_new,
         "clean_accuracy": evaluation.get("clean_accuracy"),
         "attack_success_rate": evaluation.get("attack_success_rate"),
         "confounder": {
@@ -157,7 +165,7 @@ def summarise(run: Run, run_dir: Path) -> dict[str, Any]:
             "asr": confounder.get("asr"),
         },
         "baseline": run.baseline,
-        "data": {key: ingest.get(key) for key in ("delivered", "accepted", "duplicates", "quarantined", "digest")}
+        "data": {key: ingest.get(key) for key in ("delivered", "accepted", "duplicates", "quarantined", "known", "num_images", "digest")}
         | {"revision": run.outputs("version").get("revision")},
         "model": {
             "digest": register.get("model_digest", evaluation.get("model_digest")),
@@ -172,6 +180,13 @@ def summarise(run: Run, run_dir: Path) -> dict[str, Any]:
         "seconds": _seconds(run, "seconds"),
         "import_seconds": _seconds(run, "import_seconds"),
     }
+
+
+def _nothing_new(run: Run) -> str | None:
+    if run.nothing_new is None:
+        return None
+    told = run.nothing_new
+    return f"Nothing new: run {told.get('run_id')} was decided on the same images and the same trusted set, and said {told.get('verdict')}."
 
 
 def _decision_alarms(run: Run) -> list[str]:

@@ -11,7 +11,7 @@ import click
 
 from cbd.errors import CbdError, ConfigError
 from cbd.files import disk_fault
-from pipelines import by_hand
+from pipelines import by_hand, holding
 from pipelines.local import share_cores
 from pipelines.options import ATTACKS, MORE_ATTACKS, as_json, load, params_options, poison_options, tell, workspace_option
 from pipelines.progress import printable
@@ -63,6 +63,7 @@ def demo(out: Path, baseline: bool, data_only: bool, clean: bool, as_json: bool,
 )
 @poison_options
 @click.option("--baseline", is_flag=True, help="Also train without defence on the same data.")
+@click.option("--again", is_flag=True, help="Train although nothing is new since an earlier run.")
 @params_options
 @as_json
 def run(data: str | None, trusted: str | None, workspace: Path, as_json: bool, **options: Any) -> int:
@@ -76,7 +77,7 @@ def run(data: str | None, trusted: str | None, workspace: Path, as_json: bool, *
         raise ConfigError(
             "--trusted is missing: nothing can be judged without images that do not come from the supplier; name a folder of them"
         )
-    ordered = {key: options.pop(key) for key in ("name", "supplier", "limit", "truth", "baseline")}
+    ordered = {key: options.pop(key) for key in ("name", "supplier", "limit", "truth", "baseline", "again")}
     order = Order(data, trusted, workspace, **ordered)
     return console.tell_result(launch(order, load(**options)), as_json)
 
@@ -134,7 +135,7 @@ def doctor(workspace: Path, as_json: bool) -> int:
     return 0 if findings["healthy"] else 1
 
 
-for command in by_hand.COMMANDS:
+for command in (*by_hand.COMMANDS, *holding.COMMANDS):
     cbd.add_command(command)
 
 

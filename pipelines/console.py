@@ -15,7 +15,7 @@ def tell_result(result: dict[str, Any], as_json: bool, *, following: str | None 
         for line in _lines(result):
             print(printable(line))
         print(f"next: {following or _following(result)}")
-    return EXIT_CODES[result["verdict"]]
+    return EXIT_CODES[result["verdict"] or "NOTHING_NEW"]
 
 
 def tell_outputs(outputs: dict[str, Any], as_json: bool, following: str, *, table: str | None = None) -> int:
@@ -53,6 +53,8 @@ def _lines(result: dict[str, Any]) -> list[str]:
 
 def _following(result: dict[str, Any]) -> str:
     model, workspace = result["model"], result["workspace"]
+    if result["nothing_new"]:
+        return "deliver something new, or train on the same images with cbd run ... --again"
     if model["alias"]:
         return f"cbd predict models:/{model['name']}@{model['alias']} --workspace {workspace} --data IMAGES --out predictions.parquet"
     return f"cbd suspects {result['run_dir']}"

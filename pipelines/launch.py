@@ -38,6 +38,8 @@ class Order:
     """Folder with the ground truth of a poisoned delivery, for measuring only; empty: none."""
     baseline: bool = False
     """Also train without defence on the same data."""
+    again: bool = False
+    """Train although the data set would be one that was decided on before."""
 
 
 def launch(order: Order, params: Params) -> dict[str, Any]:
@@ -71,6 +73,7 @@ def pipeline_arguments(order: Order, params: Params, run_dir: Path) -> dict[str,
         "limit": order.limit,
         "truth": order.truth and _absolute(order.truth),
         "baseline": order.baseline,
+        "again": order.again,
         "seed": params.seed,
         "preset": params.preset,
         **{section: sections[section] for section in SECTIONS},

@@ -63,7 +63,8 @@ def finish(run_dir: Path, succeeded: bool) -> dict[str, Any]:
         write_report(run_dir)
     _raise_failure(run_dir, succeeded)
     result = write_result(run_dir)
-    if result["alarms"] or result["stopped"] or result["verdict"] not in EXIT_CODES:
+    ended = result["verdict"] in EXIT_CODES or result["nothing_new"]
+    if result["alarms"] or result["stopped"] or not ended:
         reasons = [*result["alarms"], *result["stopped"].values(), "the pipeline ended without a verdict"]
         raise RunFailed(f"the run cannot be relied on: {reasons[0]}", run_dir)
     return result

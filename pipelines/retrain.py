@@ -52,6 +52,7 @@ def retrain(
     limit: int = 0,
     truth: str = "",
     baseline: bool = False,
+    again: bool = False,
     seed: int = 0,
     preset: str = "cbd",
 ):
@@ -74,6 +75,7 @@ def retrain(
         limit: take in at most so many images; 0 is all.
         truth: folder with the ground truth of a poisoned delivery, for measuring only; empty is none.
         baseline: also train without defence on the same data.
+        again: train although the data set would be one that was decided on before.
         seed: seed of every generator.
         preset: name of the preset that the sections came from.
     """
@@ -84,53 +86,56 @@ def retrain(
             ingest_step(
                 data=data,
                 trusted=trusted,
-                records=records,
                 supplier=supplier,
                 limit=limit,
                 truth_source=truth,
+                again=again,
+                name=name,
                 seed=seed,
                 params=ingest,
                 poison=poison,
+                **run,
             )
         ).outputs
-        dataset = taken["dataset"]
-        sets = {"dataset": dataset, "trusted_set": taken["trusted_set"]}
-        validated = uncached(validate_step(records=records, **sets)).outputs
-        judged = {"policy": gate, "validation": validated["validation"], **sets, **run}
-        with dsl.If(validated["Output"] == True, name="usable"):  # noqa: E712 (an expression for KFP, not for Python)
-            versioned = uncached(version_step(records=records, dataset=dataset, workspace=workspace, supplier=supplier))
-            training = {"dataset": dataset, "seed": seed, "preset": preset, "model_params": model, **run}
-            caught = on_gpu(train_confounder_step(confounder_params=confounder, **training)).after(versioned).outputs["confounder"]
-            trained = on_gpu(train_deconfounded_step(deconfounded_params=deconfounded, confounder=caught, **training)).outputs
-            undefended = on_gpu(train_undefended_step(enabled=baseline, deconfounded_params=deconfounded, **training)).after(versioned)
-            evaluation = on_gpu(
-                evaluate_step(
-                    name=name,
-                    seed=seed,
-                    gate=gate,
-                    truth=taken["truth"],
-                    confounder=caught,
-                    model=trained["model"],
-                    evidence=trained["evidence"],
-                    undefended=undefended.outputs["model"],
-                    **sets,
+        with dsl.If(taken["Output"] == True, name="new"):  # noqa: E712 (an expression for KFP, not for Python)
+            dataset = taken["dataset"]
+            sets = {"dataset": dataset, "trusted_set": taken["trusted_set"]}
+            validated = uncached(validate_step(records=records, **sets)).outputs
+            judged = {"policy": gate, "validation": validated["validation"], **sets, **run}
+            with dsl.If(validated["Output"] == True, name="usable"):  # noqa: E712
+                versioned = uncached(version_step(records=records, dataset=dataset, workspace=workspace, supplier=supplier))
+                training = {"dataset": dataset, "seed": seed, "preset": preset, "model_params": model, **run}
+                caught = on_gpu(train_confounder_step(confounder_params=confounder, **training)).after(versioned).outputs["confounder"]
+                trained = on_gpu(train_deconfounded_step(deconfounded_params=deconfounded, confounder=caught, **training)).outputs
+                undefended = on_gpu(train_undefended_step(enabled=baseline, deconfounded_params=deconfounded, **training)).after(versioned)
+                evaluation = on_gpu(
+                    evaluate_step(
+                        name=name,
+                        seed=seed,
+                        gate=gate,
+                        truth=taken["truth"],
+                        confounder=caught,
+                        model=trained["model"],
+                        evidence=trained["evidence"],
+                        undefended=undefended.outputs["model"],
+                        **sets,
+                        **run,
+                    )
+                ).outputs["evaluation"]
+                decided = uncached(decide_step(evaluation=evaluation, model=trained["model"], **judged)).outputs
+                registered = {
+                    "name": name,
+                    "revision": versioned.outputs["revision"],
+                    "model": trained["model"],
+                    "decision": decided["decision"],
+                    "evidence": trained["evidence"],
                     **run,
-                )
-            ).outputs["evaluation"]
-            decided = uncached(decide_step(evaluation=evaluation, model=trained["model"], **judged)).outputs
-            registered = {
-                "name": name,
-                "revision": versioned.outputs["revision"],
-                "model": trained["model"],
-                "decision": decided["decision"],
-                "evidence": trained["evidence"],
-                **run,
-            }
-            with dsl.If(decided["Output"] == "PASS", name="passed"):
-                uncached(register_step(branch="promote", **registered))
-            with dsl.Elif(decided["Output"] == "REVIEW", name="to-review"):
-                uncached(register_step(branch="hold", **registered))
-            with dsl.Else(name="not-passed"):
-                uncached(register_step(branch="record", **registered))
-        with dsl.Else(name="unusable"):
-            uncached(refuse_step(**judged))
+                }
+                with dsl.If(decided["Output"] == "PASS", name="passed"):
+                    uncached(register_step(branch="promote", **registered))
+                with dsl.Elif(decided["Output"] == "REVIEW", name="to-review"):
+                    uncached(register_step(branch="hold", **registered))
+                with dsl.Else(name="not-passed"):
+                    uncached(register_step(branch="record", **registered))
+            with dsl.Else(name="unusable"):
+                uncached(refuse_step(**judged))

@@ -295,8 +295,10 @@ def test_the_step_runs_under_the_local_runner(tmp_path: Path, trusted: Path, mon
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "kfp"))
     arguments = {"data": str(write_classes(tmp_path / "in", COUNTS)), "trusted": str(trusted), "records": str(tmp_path / "records")}
     settings = {"supplier": "acme", "limit": 0, "truth_source": "", "seed": 0, "params": {"shard_images": 5}, "poison": {}}
+    settings |= {"workspace": str(tmp_path / "workspace"), "run_id": "run-1", "name": "model", "again": False}
     task = ingest_step(**arguments, **settings)
     record = json.loads((tmp_path / "records" / "ingest.json").read_text())
     assert record["status"] == "succeeded" and record["outputs"]["accepted"] == 8
+    assert task.outputs["Output"] is True
     assert task.outputs["digest"] == record["outputs"]["digest"] == verify_dataset(Path(task.outputs["dataset"].path)).digest
     assert isinstance(task.outputs["dataset"], dsl.Dataset)

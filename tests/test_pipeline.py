@@ -141,10 +141,30 @@ def test_the_same_delivery_and_seed_give_the_same_model_and_a_second_version_of_
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, first, _ = cbd(capsys, place.arguments())
-    _, second, _ = cbd(capsys, place.arguments())
+    _, second, _ = cbd(capsys, place.arguments("--again"))
     assert first["model"]["digest"] == second["model"]["digest"]
     assert first["data"]["revision"] == second["data"]["revision"]
     assert first["run_dir"] != second["run_dir"]
+
+
+def test_a_second_run_on_the_same_delivery_says_nothing_new_quickly_and_a_rejected_suspect_makes_it_new(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, first, _ = cbd(capsys, place.arguments())
+    started = time.monotonic()
+    code, told, _ = cbd(capsys, place.arguments())
+    assert time.monotonic() - started < 20
+    run_dir = Path(told["run_dir"])
+    assert (code, told["verdict"], told["alarms"], told["stopped"]) == (14, None, [], {})
+    assert told["nothing_new"] == {"run_id": Path(first["run_dir"]).name, "verdict": first["verdict"]}
+    assert set(read_records(str(run_dir / "records"))) == {"ingest", "report"}
+    assert "NOTHING NEW" in (run_dir / "report.html").read_text()
+    _, listed, _ = cbd(capsys, ["suspects", Path(first["run_dir"]).name, "--workspace", str(place.workspace), "--top", "1", "--json"])
+    wanted = listed["suspects"][0]["sample_id"][:12]
+    rejecting = ["quarantine", "reject", wanted, "--run", first["run_dir"], "--reason", "a patch", "--workspace", str(place.workspace)]
+    assert cbd(capsys, [*rejecting, "--json"])[0] == 0
+    code, told, _ = cbd(capsys, place.arguments())
+    assert code == outcome.EXIT_CODES[told["verdict"]] and told["data"]["num_images"] == first["data"]["num_images"] - 1
 
 
 @pytest.mark.parametrize("step", ALWAYS)
@@ -235,6 +255,7 @@ SKIPPED = [
         pytest.param([(f'branch="{before}"', f'branch="{after}"') for before, after in ROTATED], id="branches rotated"),
         pytest.param([('decided["Output"] == "PASS"', 'decided["Output"] != "never"')], id="always promoted"),
         pytest.param(SKIPPED, id="branches skipped"),
+        pytest.param([('taken["Output"] == True', 'taken["Output"] == False')], id="all skipped as nothing new"),
     ],
 )
 def test_a_flipped_branch_is_found_out(place: Place, monkeypatch: pytest.MonkeyPatch, changes: list[tuple[str, str]]) -> None:

@@ -72,7 +72,7 @@ def picture(data: bytes | None) -> str | None:
 
 
 def totals(run: Run) -> View:
-    """What became of every delivered file: accepted, a duplicate, or in the quarantine."""
+    """What became of every delivered file: accepted, a duplicate, or in the quarantine; and what it was added to."""
     ingest = run.outputs("ingest")
     if not ingest:
         raise absent(run, "ingest", "count")
@@ -81,6 +81,8 @@ def totals(run: Run) -> View:
     rows = [{"name": name, "style": name, "count": count(n), "share": percent(n / max(delivered, 1))} for name, n in parts]
     trusted = {key: ingest.get(f"trusted_{key}") for key in ("images", "removed")}
     told = {"trusted": count(trusted["images"]), "removed": count(trusted["removed"]), "has_trusted": trusted["images"] is not None}
+    told |= {name: count(ingest[name]) if ingest.get(name) else None for name in ("known", "released", "left_out")}
+    told |= {"union": count(ingest.get("num_images")), "grown": (ingest.get("num_images") or 0) > int(ingest["accepted"])}
     balanced = sum(n for _, n in parts) == delivered
     return {"rows": rows, "delivered": count(delivered), "svg": bar(parts, total=max(delivered, 1)), "balanced": balanced} | told
 

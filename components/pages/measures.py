@@ -40,6 +40,9 @@ def face(run: Run, result: dict[str, Any]) -> View:
             "meaning": f"{said} not rely on this run.",
             "sentence": "What ran is not what the verdict demands.",
         }
+    if run.nothing_new:
+        sentence = clip(str(result["sentence"]), 300)
+        return {"word": "NOTHING NEW", "style": "none", "meaning": "Nothing was trained, and no alias moved.", "sentence": sentence}
     if verdict is None:
         return {
             "word": "NO VERDICT",

@@ -1,0 +1,161 @@
+"""What people do with data that is held: rule on refused files and suspects, and look at versions of data sets."""
+
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cbd.errors import ConfigError, DataError
+from cbd.files import replacing
+from pipelines.outcome import find_artifact, find_run
+
+SHOWN = ("id", "status", "reason", "supplier", "first_seen", "label_name", "original_path")
+SEVERAL_LABELS = "conflicting-labels"
+EXAMPLES = 5
+
+
+def quarantined(workspace: Path, *, status: str | None, top: int) -> dict[str, Any]:
+    """The `top` refused files that were seen last, and how many there are of each status."""
+    from components.quarantine import listed
+
+    known = listed(workspace)
+    chosen = [held for held in reversed(known) if status in (None, held.status)]
+    files = [{name: getattr(held, name) for name in SHOWN} for held in chosen[:top]]
+    return {"files": files, "total": len(chosen), "counts": dict(Counter(held.status for held in known))}
+
+
+def show_quarantined(name: str, workspace: Path, *, out: Path | None) -> dict[str, Any]:
+    """All about a refused file; its bytes go to `out`."""
+    from components.quarantine import find, read_bytes
+
+    (held,) = find(workspace, [name])
+    if out is not None:
+        known = read_bytes(workspace, [held.id])
+        if held.id not in known:
+            raise DataError(f"{name}: was refused unread ({held.reason}), so there are no bytes; ask the supplier for it")
+        with replacing(out) as temporary:
+            temporary.write_bytes(known[held.id])
+    return held._asdict() | {"written": str(out) if out else None}
+
+
+def release(names: Sequence[str], workspace: Path, *, by: str, reason: str, label_name: str | None) -> dict[str, Any]:
+    """Enters into the audit log that these files come back; the entry's number and hash.
+
+    Raises:
+        DataError: no such file, or one that cannot come back.
+        ConfigError: it came under several labels, and none was chosen.
+    """
+    from cbd.config import Ingest
+    from components import quarantine
+
+    files = quarantine.find(workspace, names)
+    known = quarantine.read_bytes(workspace, [held.id for held in files])
+    for held in files:
+        if held.id not in known:
+            raise DataError(
+                f"{held.id[:12]}: was refused unread ({held.reason}), so there are no bytes to release; have it delivered again"
+            )
+        if held.reason == SEVERAL_LABELS and label_name is None:
+            raise ConfigError(f"{held.id[:12]}: came under several labels; say with --label which one holds")
+        if held.label_name is None and label_name is None:
+            raise ConfigError(f"{held.id[:12]}: came without a label; give it one with --label")
+    digests = quarantine.pixel_digests(workspace, files, Ingest())
+    return _told(quarantine.rule(workspace, "release", digests, by=by, reason=reason, label_name=label_name), len(files))
+
+
+def reject(names: Sequence[str], workspace: Path, *, run: str | None, by: str, reason: str) -> dict[str, Any]:
+    """Enters into the audit log that these files, or images of a run's data set (all its suspects without names), never come again.
+
+    Raises:
+        DataError: no such file, image or run.
+    """
+    from cbd.config import Ingest
+    from components import quarantine
+
+    if run is None:
+        digests = quarantine.pixel_digests(workspace, quarantine.find(workspace, names), Ingest())
+    else:
+        run_dir = find_run(run, workspace)
+        chosen = [_whole(name, run_dir) for name in names] or _suspects(run_dir)
+        digests = dict(quarantine.send(find_artifact(run_dir, "ingest", "dataset"), chosen, workspace, run_id=run_dir.name))
+    return _told(quarantine.rule(workspace, "reject", digests, by=by, reason=reason), len(digests))
+
+
+def versions(workspace: Path) -> dict[str, Any]:
+    """Every version of a data set in the registry, the latest first."""
+    from components.registry import versions as known
+
+    rows = []
+    for tag, info in reversed(known(workspace)):
+        rows.append({"tag": tag, "num_images": info.num_images, "num_classes": len(info.class_names), "supplier": info.supplier})
+        rows[-1] |= {"trial": info.trial, "digest": info.digest}
+    return {"versions": rows}
+
+
+def diff(old: str, new: str, workspace: Path) -> dict[str, Any]:
+    """What changed between two versions, by the pixels of their images."""
+    from cbd.dataset import read_info, read_manifest
+    from components.registry import fetch
+
+    seen: list[dict[str, tuple[str, str, str]]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, tag in enumerate((old, new)):
+            place = Path(folder) / str(number)
+            fetch(tag, place, workspace=workspace)
+            names, manifest = read_info(place).class_names, read_manifest(place)
+            columns = (manifest[name].to_pylist() for name in ("pixel_digest", "label", "source", "original_path"))
+            seen.append({pixels: (names[label], source, path) for pixels, label, source, path in zip(*columns, strict=True)})
+    before, after = seen
+    added, removed = [[one[key] for key in one if key not in other] for one, other in ((after, before), (before, after))]
+    moved = [(before[key], after[key]) for key in before if key in after and before[key][0] != after[key][0]]
+    return {
+        "old": {"tag": old, "num_images": len(before)},
+        "new": {"tag": new, "num_images": len(after)},
+        "added": _counts(added),
+        "removed": _counts(removed),
+        "relabelled": {"num_images": len(moved), "examples": [f"{now[2]}: {was[0]} -> {now[0]}" for was, now in moved[:EXAMPLES]]},
+    }
+
+
+def checkout(version: str, out: Path, workspace: Path) -> dict[str, Any]:
+    """The description of a version's data set, which this brings to `out`."""
+    from components.registry import fetch
+
+    info = fetch(version, out, workspace=workspace)
+    return {"out": str(out), "num_images": info.num_images, "digest": info.digest}
+
+
+def _counts(images: list[tuple[str, str, str]]) -> dict[str, Any]:
+    classes, suppliers = Counter(image[0] for image in images), Counter(image[1] for image in images)
+    by = {"classes": dict(sorted(classes.items())), "suppliers": dict(sorted(suppliers.items()))}
+    return {"num_images": len(images), **by, "examples": [image[2] for image in images[:EXAMPLES]]}
+
+
+def _whole(name: str, run_dir: Path) -> str:
+    """The sample id that begins so in the run's data set."""
+    from cbd.dataset import read_manifest
+
+    hits = [
+        sample for sample in read_manifest(find_artifact(run_dir, "ingest", "dataset"))["sample_id"].to_pylist() if sample.startswith(name)
+    ]
+    if len(name) < 8 or len(hits) != 1:
+        raise DataError(
+            f"{name!r}: {len(hits)} images of run {run_dir.name} have a sample id that begins so; `cbd suspects {run_dir.name}` lists them"
+        )
+    return str(hits[0])
+
+
+def _suspects(run_dir: Path) -> list[str]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(find_artifact(run_dir, "train_deconfounded", "evidence") / "evidence.parquet", columns=["sample_id", "suspect"])
+    found = [sample for sample, suspect in zip(*(table[name].to_pylist() for name in table.column_names), strict=True) if suspect]
+    if not found:
+        raise DataError(f"{run_dir.name}: has no suspects; name sample ids")
+    return found
+
+
+def _told(entry: dict[str, Any], num: int) -> dict[str, Any]:
+    told = entry["data"]
+    return {"action": told["action"], "num_files": num, "by": told["by"], "reason": told["reason"], "entry": entry["seq"]}

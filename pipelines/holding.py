@@ -1,0 +1,119 @@
+"""The commands about data that is held: the quarantine, and the versions in the data registry."""
+
+import getpass
+from pathlib import Path
+
+import click
+
+from cbd.errors import ConfigError
+from pipelines.options import as_json, tell, workspace_option
+
+by_option = click.option("--by", default=getpass.getuser, show_default="your user name", help="Who decides.")
+reason_option = click.option("--reason", required=True, help="Why; it stands in the audit log.")
+
+
+@click.group()
+def quarantine() -> None:
+    """Refused files: what they are, and what becomes of them."""
+
+
+@quarantine.command("list")
+@click.option("--status", type=click.Choice(["quarantined", "released", "rejected"]), help="Only these.")
+@click.option("--top", type=click.IntRange(1), default=50, show_default=True, help="How many to list.")
+@workspace_option
+@as_json
+def list_command(status: str | None, top: int, workspace: Path, as_json: bool) -> int:
+    """The refused files of all runs, the latest first."""
+    from pipelines import held
+
+    outputs = held.quarantined(workspace, status=status, top=top)
+    return tell(outputs, as_json, "cbd quarantine show ID --out FILE", table="files")
+
+
+@quarantine.command()
+@click.argument("name", metavar="ID")
+@click.option("--out", type=click.Path(path_type=Path), help="Write its original bytes to this file.")
+@workspace_option
+@as_json
+def show(name: str, out: Path | None, workspace: Path, as_json: bool) -> int:
+    """A refused file, by the first digits of its id."""
+    from pipelines import held
+
+    return tell(held.show_quarantined(name, workspace, out=out), as_json, f"cbd quarantine release {name} --reason WHY")
+
+
+@quarantine.command()
+@click.argument("names", metavar="ID...", nargs=-1, required=True)
+@click.option("--label", "label_name", help="The class that it shall have; by default its own.")
+@reason_option
+@by_option
+@workspace_option
+@as_json
+def release(names: tuple[str, ...], label_name: str | None, reason: str, by: str, workspace: Path, as_json: bool) -> int:
+    """Let files come back: the next run judges them anew."""
+    from pipelines import held
+
+    outputs = held.release(names, workspace, by=by, reason=reason, label_name=label_name)
+    return tell(outputs, as_json, "cbd run --data DELIVERY --trusted TRUSTED")
+
+
+@quarantine.command()
+@click.argument("names", metavar="ID...", nargs=-1)
+@click.option("--run", help="The ids are sample ids of this run's data set.")
+@click.option("--suspects", is_flag=True, help="All suspects of --run.")
+@reason_option
+@by_option
+@workspace_option
+@as_json
+def reject(names: tuple[str, ...], run: str | None, suspects: bool, reason: str, by: str, workspace: Path, as_json: bool) -> int:
+    """Leave files, or images of a data set, out of every run from now on."""
+    from pipelines import held
+
+    if suspects and not run:
+        raise ConfigError("--suspects: of which run? name it with --run")
+    if suspects == bool(names):
+        raise ConfigError("name the ids, or take all with --run RUN --suspects")
+    outputs = held.reject(names, workspace, run=run, by=by, reason=reason)
+    return tell(outputs, as_json, "cbd run --data DELIVERY --trusted TRUSTED")
+
+
+@click.group()
+def data() -> None:
+    """Versions of the data sets: list, compare, check out."""
+
+
+@data.command("list")
+@workspace_option
+@as_json
+def list_versions(workspace: Path, as_json: bool) -> int:
+    """Every version in the data registry, the latest first."""
+    from pipelines import held
+
+    return tell(held.versions(workspace), as_json, "cbd data diff OLD NEW", table="versions")
+
+
+@data.command()
+@click.argument("old")
+@click.argument("new")
+@workspace_option
+@as_json
+def diff(old: str, new: str, workspace: Path, as_json: bool) -> int:
+    """What changed from version OLD to version NEW: images, labels, classes, suppliers."""
+    from pipelines import held
+
+    return tell(held.diff(old, new, workspace), as_json, f"cbd data checkout {new} --out FOLDER")
+
+
+@data.command()
+@click.argument("version")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@workspace_option
+@as_json
+def checkout(version: str, out: Path, workspace: Path, as_json: bool) -> int:
+    """A version's data set in the folder OUT, verified."""
+    from pipelines import held
+
+    return tell(held.checkout(version, out, workspace), as_json, f"cbd train --data {out} --out MODELS")
+
+
+COMMANDS = (quarantine, data)

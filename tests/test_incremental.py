@@ -1,0 +1,258 @@
+"""Deliveries that follow each other: the union of what was accepted, what people release and reject, and `nothing new`."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from delivery_files import LIMITS, encode, pixels, places, png, write_classes
+
+from cbd.audit import LOG, append, ensure_key, verify_log
+from cbd.dataset import read_info, read_manifest
+from cbd.errors import DataError
+from components import quarantine
+from components.ingest import IngestOptions, ingest
+from components.registry import store
+from components.tracking import registered_name
+from pipelines import cli
+
+COUNTS = {"ant": 4, "bee": 4}
+NAME = registered_name("model", ["ant", "bee"])
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    write_classes(tmp_path / "trusted", COUNTS, seed=50_000)
+    return tmp_path / "workspace"
+
+
+def deliver(workspace: Path, delivery: Path, run_id: str, *, verdict: str | None = "PASS", **options: Any) -> dict[str, Any]:
+    """What ingest says; with a verdict the data set is stored and decided on, as a run would do it."""
+    out, trusted = workspace / "runs" / run_id, workspace.parent / "trusted"
+    given = IngestOptions(**{"supplier": "acme", "workspace": workspace, "run_id": run_id, **options})
+    told = ingest(str(delivery), str(trusted), outputs=places(out), params=LIMITS, options=given)
+    if verdict:
+        key, info = ensure_key(workspace), read_info(out / "dataset")
+        store(out / "dataset", info, workspace=workspace, supplier="acme", date="2026-11-25")
+        digests = {"data": told["digest"], "trusted": told["trusted_digest"], "model": "0" * 64}
+        about = {"run_id": run_id, "decision_digest": hashlib.sha256(run_id.encode()).hexdigest()}
+        append(workspace / LOG, "decision", {**about, "digests": digests, "trial": False, "verdict": verdict}, key=key)
+        alias = {"PASS": "champion", "REVIEW": "candidate"}.get(verdict)
+        append(workspace / LOG, "register", {**about, "name": NAME, "alias": alias}, key=key)
+    return told
+
+
+def paths(workspace: Path, run_id: str) -> set[str]:
+    return set(read_manifest(workspace / "runs" / run_id / "dataset")["original_path"].to_pylist())
+
+
+def refused(workspace: Path, run_id: str) -> dict[str, str]:
+    rows = pq.read_table(workspace / "runs" / run_id / "quarantine" / "quarantine.parquet").to_pylist()
+    return {row["original_path"]: row["reason"] for row in rows}
+
+
+def test_a_run_trains_on_the_union_of_accepted_deliveries_and_knows_whom_each_image_came_from(tmp_path: Path, workspace: Path) -> None:
+    first = deliver(workspace, write_classes(tmp_path / "one", COUNTS), "run-1")
+    second = write_classes(tmp_path / "two", {"ant": 2, "bee": 3}, seed=100)
+    (second / "ant" / "again.png").write_bytes(png(0))
+    told = deliver(workspace, second, "run-2", supplier="beta")
+    assert (first["num_images"], told["num_images"]) == (8, 13)
+    assert (told["delivered"], told["accepted"], told["duplicates"], told["known"]) == (6, 5, 1, 1)
+    manifest = read_manifest(workspace / "runs" / "run-2" / "dataset").to_pylist()
+    assert [row["source"] for row in manifest] == ["acme"] * 8 + ["beta"] * 5
+    assert len({row["batch"] for row in manifest[:8]}) == len({row["batch"] for row in manifest[8:]}) == 1
+    assert manifest[0]["batch"] != manifest[8]["batch"] and len(manifest[0]["batch"]) == 12
+    assert read_info(workspace / "runs" / "run-2" / "dataset").supplier == "acme, beta"
+    listed = pq.read_table(workspace / "runs" / "run-2" / "quarantine" / "duplicates.parquet").to_pylist()
+    assert [(row["original_path"], row["kept_sample_id"]) for row in listed] == [("ant/again.png", hashlib.sha256(png(0)).hexdigest())]
+
+
+def test_a_delivery_of_one_class_or_of_nothing_but_known_images_is_fine_once_others_were_accepted(tmp_path: Path, workspace: Path) -> None:
+    deliver(workspace, write_classes(tmp_path / "one", COUNTS), "run-1")
+    assert deliver(workspace, write_classes(tmp_path / "two", {"ant": 1}, seed=100), "run-2")["num_images"] == 9
+    told = deliver(workspace, write_classes(tmp_path / "three", {"ant": 1}), "run-3", verdict=None)
+    assert (told["accepted"], told["known"], told["num_images"]) == (0, 1, 9)
+
+
+@pytest.mark.parametrize(("verdict", "joined"), [("PASS", True), ("REVIEW", True), ("BLOCK", False), ("INCONCLUSIVE", False)])
+def test_a_delivery_joins_the_union_if_the_model_that_learned_from_it_passed_or_is_in_review(
+    verdict: str, joined: bool, tmp_path: Path, workspace: Path
+) -> None:
+    deliver(workspace, write_classes(tmp_path / "one", COUNTS), "run-1", verdict=verdict)
+    told = deliver(workspace, write_classes(tmp_path / "two", COUNTS, seed=100), "run-2", verdict=None)
+    assert told["num_images"] == (16 if joined else 8)
+
+
+@pytest.mark.parametrize("verdict", ["PASS", "BLOCK"])
+def test_what_was_decided_on_before_is_nothing_new_whatever_the_verdict_and_the_form(verdict: str, tmp_path: Path, workspace: Path) -> None:
+    root = write_classes(tmp_path / "one", COUNTS)
+    assert deliver(workspace, root, "run-1", verdict=verdict)["nothing_new"] is None
+    (root / "ant" / "copy.bmp").write_bytes(encode(pixels(0), "BMP"))
+    told = deliver(workspace, root, "run-2", verdict=None)
+    assert told["nothing_new"] == {"run_id": "run-1", "verdict": verdict}
+    assert deliver(workspace, root, "run-3", verdict=None, again=True)["nothing_new"] is None
+    assert deliver(workspace, root, "run-4", verdict=None, name="other")["nothing_new"] is None
+    (workspace.parent / "trusted" / "ant" / "more.png").write_bytes(png(60_000))
+    assert deliver(workspace, root, "run-5", verdict=None)["nothing_new"] is None, "another trusted set may see more"
+
+
+def test_an_accepted_image_keeps_its_label(tmp_path: Path, workspace: Path) -> None:
+    deliver(workspace, write_classes(tmp_path / "one", COUNTS), "run-1")
+    second = write_classes(tmp_path / "two", COUNTS, seed=100)
+    (second / "bee" / "flipped.png").write_bytes(png(0))
+    told = deliver(workspace, second, "run-2")
+    assert refused(workspace, "run-2") == {"bee/flipped.png": "conflicts-with-accepted"}
+    assert told["num_images"] == 16
+
+
+def test_rejected_images_are_left_out_come_in_no_other_form_and_are_not_lost(tmp_path: Path, workspace: Path) -> None:
+    root = write_classes(tmp_path / "one", COUNTS)
+    deliver(workspace, root, "run-1")
+    wanted = hashlib.sha256(png(0)).hexdigest()
+    digests = quarantine.send(workspace / "runs" / "run-1" / "dataset", [wanted], workspace, run_id="run-1")
+    quarantine.rule(workspace, "reject", digests, by="ann", reason="a patch in the corner")
+    (root / "ant" / "again.bmp").write_bytes(encode(pixels(0), "BMP"))
+    (root / "ant" / "new.png").write_bytes(png(300))
+    told = deliver(workspace, root, "run-2")
+    assert (told["num_images"], told["left_out"]) == (8, 1)
+    assert refused(workspace, "run-2") == {"ant/000.png": "rejected", "ant/again.bmp": "rejected"}
+    assert "ant/000.png" not in paths(workspace, "run-2")
+    (held,) = quarantine.find(workspace, [wanted[:8]])
+    assert (held.status, held.reason, held.supplier, held.label_name) == ("rejected", "rejected", "acme", "ant")
+    assert quarantine.read_bytes(workspace, [wanted]) == {wanted: png(0)}
+    quarantine.rule(workspace, "release", digests, by="bob", reason="it was a smudge")
+    assert deliver(workspace, root, "run-3", verdict=None)["num_images"] == 9
+
+
+def test_a_released_file_comes_back_with_the_label_it_was_given_and_counts_against_others(tmp_path: Path, workspace: Path) -> None:
+    root = write_classes(tmp_path / "one", COUNTS)
+    (root / "bee" / "copy.png").write_bytes(png(0))
+    deliver(workspace, root, "run-1")
+    assert refused(workspace, "run-1") == dict.fromkeys(["ant/000.png", "bee/copy.png"], "conflicting-labels")
+    (held,) = quarantine.listed(workspace)
+    assert (held.status, held.run_id, held.supplier) == ("quarantined", "run-1", "acme") and held.first_seen.endswith("Z")
+    digests = quarantine.pixel_digests(workspace, [held], LIMITS)
+    quarantine.rule(workspace, "release", digests, by="ann", reason="it is an ant", label_name="ant")
+    told = deliver(workspace, write_classes(tmp_path / "two", {"bee": 1}, seed=100), "run-2", supplier="beta")
+    assert (told["delivered"], told["released"], told["accepted"], told["num_images"]) == (2, 1, 2, 9)
+    manifest = read_manifest(workspace / "runs" / "run-2" / "dataset").to_pylist()
+    assert [(row["source"], row["label"]) for row in manifest if row["sample_id"] == held.id] == [("acme", 0)]
+    third = deliver(workspace, root, "run-3", verdict=None)
+    assert refused(workspace, "run-3") == {"bee/copy.png": "conflicts-with-accepted"}
+    assert (third["released"], third["num_images"]) == (0, 9)
+
+
+def test_a_released_file_that_is_still_no_image_goes_back_to_the_quarantine(tmp_path: Path, workspace: Path) -> None:
+    root = write_classes(tmp_path / "one", COUNTS)
+    (root / "ant" / "cut.png").write_bytes(png(9)[:300])
+    deliver(workspace, root, "run-1")
+    (held,) = quarantine.listed(workspace)
+    quarantine.rule(workspace, "release", {held.id: None}, by="ann", reason="let us see")
+    told = deliver(workspace, write_classes(tmp_path / "two", COUNTS, seed=100), "run-2")
+    assert refused(workspace, "run-2") == {"ant/cut.png": "truncated"} and told["quarantined"] == 1
+    assert len(quarantine.listed(workspace)) == 1
+
+
+def test_a_trial_takes_its_delivery_for_itself(tmp_path: Path, workspace: Path) -> None:
+    from cbd.config import Poison
+
+    deliver(workspace, write_classes(tmp_path / "one", COUNTS), "run-1")
+    poison = Poison(attack="badnets", poison_rate=0.3)
+    told = deliver(workspace, write_classes(tmp_path / "two", COUNTS, seed=100), "run-2", verdict=None, poison=poison)
+    assert told["trial"] and told["num_images"] == 8 and told["nothing_new"] is None
+
+
+@pytest.mark.parametrize("damage", ["log", "registry", "remote", "quarantine"])
+def test_tampering_with_what_was_accepted_is_refused_by_name(damage: str, tmp_path: Path, workspace: Path) -> None:
+    root = write_classes(tmp_path / "one", COUNTS)
+    (root / "ant" / "cut.png").write_bytes(png(9)[:300])
+    deliver(workspace, root, "run-1")
+    expected = {
+        "log": "audit.jsonl",
+        "registry": "is not in it",
+        "remote": "remote are missing or altered",
+        "quarantine": "altered: the bytes of",
+    }
+    if damage == "log":
+        text = (workspace / LOG).read_text()
+        (workspace / LOG).write_text(text.replace('"alias":"champion"', '"alias":"candidatX"'))
+    elif damage == "registry":
+        import shutil
+
+        shutil.rmtree(workspace / "registry")
+    elif damage == "remote":
+        shard = max((path for path in (workspace / "remote").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+        shard.chmod(0o644)
+        shard.write_bytes(shard.read_bytes()[:-1] + b"X")
+    else:
+        (held,) = quarantine.listed(workspace)
+        quarantine.rule(workspace, "release", {held.id: None}, by="ann", reason="let us see")
+        (path,) = (workspace / "quarantine").glob("*.parquet")
+        rows = pq.read_table(path).to_pylist()
+        rows[0]["image"] = png(500)
+        import pyarrow as pa
+
+        pq.write_table(pa.Table.from_pylist(rows, quarantine.COLUMNS), path)
+    with pytest.raises(DataError, match=expected[damage]):
+        deliver(workspace, write_classes(tmp_path / "two", COUNTS, seed=100), "run-2")
+
+
+def cbd(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any], str]:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*arguments, "--json"])
+    told = capsys.readouterr()
+    return int(ended.value.code or 0), json.loads(told.out.splitlines()[-1]), told.err
+
+
+def test_people_list_show_release_and_reject_by_the_command_line_and_every_word_is_signed(
+    tmp_path: Path, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_classes(tmp_path / "one", COUNTS)
+    (root / "ant" / "cut.png").write_bytes(png(9)[:300])
+    (root / "bee" / "copy.png").write_bytes(png(0))
+    (root / "bee" / "huge.png").write_bytes(bytes(1_000_001))
+    deliver(workspace, root, "run-1")
+    place = ("--workspace", str(workspace))
+    _, told, _ = cbd(capsys, "quarantine", "list", *place)
+    ids = {row["reason"]: row["id"] for row in told["files"]}
+    assert told["total"] == 3 and set(ids) == {"truncated", "conflicting-labels", "too-large"}
+    _, shown, _ = cbd(capsys, "quarantine", "show", ids["truncated"][:10], "--out", str(tmp_path / "it.png"), *place)
+    assert shown["original_path"] == "ant/cut.png" and (tmp_path / "it.png").read_bytes() == png(9)[:300]
+    why = ("--reason", "seen by eye", "--by", "ann", *place)
+    for arguments, message in (
+        (("release", ids["conflicting-labels"]), "came under several labels; say with --label"),
+        (("release", ids["too-large"]), "refused unread (too-large)"),
+        (("release", "abc"), "give at least 8 digits"),
+        (("reject", "0" * 12), "0 files have an id that begins so"),
+        (("reject", "--suspects"), "name it with --run"),
+        (("reject",), "name the ids"),
+    ):
+        code, _, err = cbd(capsys, "quarantine", *arguments, *why)
+        assert code == 2 and message in err, arguments
+    assert cbd(capsys, "quarantine", "release", ids["conflicting-labels"], "--label", "ant", *why)[1]["num_files"] == 1
+    assert cbd(capsys, "quarantine", "reject", ids["truncated"], *why)[1]["action"] == "reject"
+    _, told, _ = cbd(capsys, "quarantine", "list", "--status", "released", *place)
+    assert [row["label_name"] for row in told["files"]] == ["ant"] and told["counts"] == {"quarantined": 1, "released": 1, "rejected": 1}
+    entries = [entry["data"] for entry in verify_log(workspace / LOG) if entry["event"] == "quarantine"]
+    assert [(entry["action"], entry["by"], entry["reason"]) for entry in entries] == [
+        ("release", "ann", "seen by eye"),
+        ("reject", "ann", "seen by eye"),
+    ]
+
+
+def test_versions_are_listed_compared_and_checked_out(tmp_path: Path, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deliver(workspace, write_classes(tmp_path / "one", COUNTS), "run-1")
+    deliver(workspace, write_classes(tmp_path / "two", {"ant": 2}, seed=100), "run-2", supplier="beta")
+    place = ("--workspace", str(workspace))
+    _, told, _ = cbd(capsys, "data", "list", *place)
+    assert [(row["num_images"], row["supplier"]) for row in told["versions"]] == [(10, "acme, beta"), (8, "acme")]
+    new, old = (row["tag"] for row in told["versions"])
+    _, changed, _ = cbd(capsys, "data", "diff", old, new, *place)
+    assert changed["added"]["classes"] == {"ant": 2} and changed["added"]["suppliers"] == {"beta": 2}
+    assert changed["removed"]["num_images"] == changed["relabelled"]["num_images"] == 0
+    code, told, _ = cbd(capsys, "data", "checkout", old, "--out", str(tmp_path / "checked-out"), *place)
+    assert code == 0 and read_info(tmp_path / "checked-out").digest == told["digest"]
+    code, _, err = cbd(capsys, "data", "checkout", "2026-01-01/x/0", "--out", str(tmp_path / "other"), *place)
+    assert code == 2 and "no data set is tagged" in err and not (tmp_path / "other").exists()
