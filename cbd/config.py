@@ -42,6 +42,27 @@ class Ingest(Section):
     """Images per Parquet shard of the data set."""
 
 
+class Validation(Section):
+    """Up to where a delivery is told without a warning. What blocks it stands in the suite itself."""
+
+    max_lookalikes: float = Field(default=0.05, ge=0, le=1)
+    """Share of images that look like another one of their class."""
+    max_contradicting_lookalikes: float = Field(default=0.005, ge=0, le=1)
+    """Share of images that look like one of another class."""
+    max_trusted_lookalikes: float = Field(default=0.01, ge=0, le=1)
+    """Share of images that look like one of the trusted set."""
+    max_drift: float = Field(default=0.2, ge=0)
+    """Population stability index of the class shares, of what is new against what was accepted before; over 0.2 is a clear shift."""
+    max_supplier_ratio: float = Field(default=3.0, ge=1)
+    """How many times as large a class's share may be in what one supplier sent as in what all others did."""
+    max_outliers: float = Field(default=0.01, ge=0, le=1)
+    """Share of images whose brightness or entropy is far from all others'."""
+    max_repeated_patch: float = Field(default=0.02, ge=0, le=1)
+    """Share of a class's images that may carry one and the same patch that other classes lack."""
+    patch_images: int = Field(default=500, gt=0)
+    """Images per class in which such patches are looked for."""
+
+
 class Model(Section):
     """The network that is trained."""
 
@@ -181,6 +202,7 @@ class Params(Section):
     preset: Literal["cbd", "paper", "official", "none"] = "cbd"
     """Which overlay of `presets` is laid over the sections below; `cbd` is the sections as they stand."""
     ingest: Ingest = Ingest()
+    validation: Validation = Validation()
     model: Model = Model()
     confounder: Confounder = Confounder()
     deconfounded: Deconfounded = Deconfounded()

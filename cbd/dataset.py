@@ -20,7 +20,7 @@ from cbd.attacks.poisoning import Goal
 from cbd.config import canonical_json
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file, write_json
-from cbd.images import decode, pixel_digest, resize
+from cbd.images import decode, looks, pixel_digest, resize
 from cbd.shards import GROUP_BYTES, GROUP_ROWS, row_groups, schema, shards
 
 INFO = "dataset.json"
@@ -43,6 +43,12 @@ class Row(NamedTuple):
     format: str
     batch: str = ""
     """Names the delivery it came in: 12 hex digits over the pixels of all images that were new in it."""
+    phash: int = 0
+    """Perceptual hash, 64 bits: images that look alike differ in few of them."""
+    brightness: float = 0.0
+    """Mean grey level, in [0, 255]."""
+    entropy: float = 0.0
+    """Of the grey levels, in bits, in [0, 8]."""
 
 
 class DatasetInfo(BaseModel):
@@ -107,7 +113,8 @@ def make_row(data: bytes, *, label: int, original_path: str, source: str, max_pi
     decoded = decode(data, max_pixels=max_pixels)
     height, width = decoded.pixels.shape[:2]
     sample_id, pixels = hashlib.sha256(data).hexdigest(), pixel_digest(decoded.pixels)
-    return Row(data, label, sample_id, pixels, source, original_path, width, height, decoded.mode, decoded.format)
+    seen = looks(decoded.pixels)
+    return Row(data, label, sample_id, pixels, source, original_path, width, height, decoded.mode, decoded.format, "", *seen)
 
 
 def to_batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
+_HF = {"double": "float64"}
+"""How Hugging Face calls the types that Arrow calls otherwise."""
 GROUP_ROWS = 1000
 GROUP_BYTES = 32 * 2**20
 """A row group ends at this many rows or bytes of images, so that reading one needs little memory."""
@@ -17,8 +19,9 @@ def schema(class_names: Sequence[str]) -> pa.Schema:
     text, number = pa.string(), pa.int64()
     kinds = {"sample_id": text, "pixel_digest": text, "source": text, "batch": text, "original_path": text}
     kinds |= {"width": number, "height": number, "mode": text, "format": text, "num_bytes": number}
+    kinds |= {"phash": pa.uint64(), "brightness": pa.float64(), "entropy": pa.float64()}
     features: dict[str, Any] = {"image": {"_type": "Image"}, "label": {"names": list(class_names), "_type": "ClassLabel"}}
-    features |= {name: {"dtype": str(kind), "_type": "Value"} for name, kind in kinds.items()}
+    features |= {name: {"dtype": _HF.get(str(kind), str(kind)), "_type": "Value"} for name, kind in kinds.items()}
     image = pa.struct([("bytes", pa.binary()), ("path", text)])
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     return pa.schema([("image", image), ("label", number), *kinds.items()], metadata=metadata)

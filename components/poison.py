@@ -126,7 +126,7 @@ class _Stamps:
                 stamped = self.attack.cover(images, seed=self.seed + members[0][0])
             for (index, row, _), pixels in zip(members, stamped, strict=True):
                 new = make_row(_png(pixels.transpose(1, 2, 0)), label=label, original_path=row.original_path, source=row.source)
-                made[index] = new
+                made[index] = new._replace(batch=row.batch)
         return made
 
 

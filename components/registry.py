@@ -6,7 +6,6 @@ DVC's hashes are MD5, so they only find what was damaged by accident; `dataset.j
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil

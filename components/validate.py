@@ -1,4 +1,7 @@
-"""Second step: a checked-in Great Expectations suite on the data set's manifest. Critical failures stop the run, warnings are told."""
+"""Second step: a checked-in Great Expectations suite on the data set's manifest. Critical failures stop the run, warnings are told.
+
+What the suite cannot compute is added to the manifest as columns, and its limits for warnings come from the section `validation`.
+"""
 
 import json
 import logging
@@ -7,19 +10,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from kfp import dsl
 
-from cbd.dataset import DatasetInfo, read_manifest, verify_dataset
+from cbd.config import Validation
+from cbd.dataset import verify_dataset
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file, write_json
-from cbd.images import extension_matches
+from components.columns import add_patches, manifest_frame
 from components.records import kfp_component
 
 SUITE = Path(__file__).parent.parent / "data" / "suites" / "delivery.json"
 
 
-def validate(dataset: Path, out: Path, *, trusted_set: Path) -> dict[str, Any]:
+def validate(dataset: Path, out: Path, *, trusted_set: Path, limits: Validation) -> dict[str, Any]:
     """Whether the data set passed, with one sentence per critical failure and per warning; the whole goes to `out/validation.json`.
 
     An altered shard is a critical failure: then nothing else is looked at.
@@ -32,39 +35,24 @@ def validate(dataset: Path, out: Path, *, trusted_set: Path) -> dict[str, Any]:
     except DataError as error:
         checks = [{"name": "shards_match_description", "column": None, "severity": "critical", "success": False, "sentence": str(error)}]
         digests: dict[str, Any] = {"data_digest": None, "trusted_digest": None, "num_images": None}
+        patches = []
     else:
-        frame = _manifest_frame(dataset, info, trusted_set, trusted_info)
-        checks = _run_suite(frame)
+        frame = manifest_frame(dataset, info, trusted_set, trusted_info)
+        patches = add_patches(frame, dataset, info, limits)
+        checks = _run_suite(frame, limits)
         digests = {"data_digest": info.digest, "trusted_digest": trusted_info.digest, "num_images": info.num_images}
     failed = {kind: [c["sentence"] for c in checks if not c["success"] and c["severity"] == kind] for kind in ("critical", "warning")}
     result = {"passed": not failed["critical"], "critical": failed["critical"], "warnings": failed["warning"]}
     suite = {"name": SUITE.stem, "sha256": sha256_file(SUITE)}
     with replacing(out) as temporary:
         temporary.mkdir()
-        write_json(temporary / "validation.json", {"schema_version": 1, **result, "checks": checks, "suite": suite, **digests})
+        write_json(
+            temporary / "validation.json", {"schema_version": 1, **result, "checks": checks, "patches": patches, "suite": suite, **digests}
+        )
     return result | {"num_checks": len(checks), "paths": {"validation": str(out)}}
 
 
-def _manifest_frame(dataset: Path, info: DatasetInfo, trusted_set: Path, trusted_info: DatasetInfo) -> Any:
-    """The manifest as a pandas frame, with what the suite cannot compute added as columns."""
-    frame = read_manifest(dataset).to_pandas()
-    trusted_digests = read_manifest(trusted_set)["pixel_digest"].to_pandas().value_counts()
-    counts = frame["label"].value_counts()
-    frame["label_is_known"] = frame["label"].between(0, len(info.class_names) - 1)
-    frame["class_images"] = frame["label"].map(counts)
-    frame["class_share"] = frame["class_images"] / max(1, len(frame))
-    frame["classes_match_trusted"] = info.class_names == trusted_info.class_names
-    frame["num_empty_classes"] = sum(here == 0 < there for here, there in zip(info.class_counts, trusted_info.class_counts, strict=False))
-    frame["num_copies_in_trusted"] = frame["pixel_digest"].map(trusted_digests).fillna(0).astype(int)
-    frame["smaller_side"] = np.minimum(frame["width"], frame["height"])
-    frame["aspect_ratio"] = np.maximum(frame["width"], frame["height"]) / np.maximum(1, frame["smaller_side"])
-    paths = [path if isinstance(path, str) else "" for path in frame["original_path"]]
-    frame["extension_matches"] = [extension_matches(path, format) for path, format in zip(paths, frame["format"], strict=True)]
-    frame["path_is_plain"] = [path.isprintable() for path in paths]
-    return frame
-
-
-def _run_suite(frame: Any) -> list[dict[str, Any]]:
+def _run_suite(frame: Any, limits: Validation) -> list[dict[str, Any]]:
     """The outcome of every expectation of the suite on the frame, in the suite's order; its sentence tells one from the others."""
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
     logging.getLogger("great_expectations").setLevel(logging.WARNING)
@@ -77,11 +65,12 @@ def _run_suite(frame: Any) -> list[dict[str, Any]]:
     batch = asset.add_batch_definition_whole_dataframe("all").get_batch({"dataframe": frame})
     values = json.loads(SUITE.read_text())
     suite = gx.ExpectationSuite(name=values["name"], expectations=values["expectations"], meta=values["meta"])
-    results = {result.expectation_config.meta["sentence"]: result for result in batch.validate(suite).results}
-    return [_check(item, results[item["meta"]["sentence"]]) for item in values["expectations"]]
+    found = batch.validate(suite, expectation_parameters=limits.model_dump()).results
+    results = {result.expectation_config.meta["sentence"]: result for result in found}
+    return [_check(item, results[item["meta"]["sentence"]], limits) for item in values["expectations"]]
 
 
-def _check(expectation: dict[str, Any], result: Any) -> dict[str, Any]:
+def _check(expectation: dict[str, Any], result: Any, limits: Validation) -> dict[str, Any]:
     """One expectation's outcome in plain values; never a supplier's text."""
     found, total = result.result.get("unexpected_count"), result.result.get("element_count")
     sentence = expectation["meta"]["sentence"]
@@ -89,6 +78,12 @@ def _check(expectation: dict[str, Any], result: Any) -> dict[str, Any]:
         sentence = f"{found} of {total} images: {sentence}"
     observed = result.result.get("observed_value")
     finite = isinstance(observed, int | float) and math.isfinite(observed)
+    limit = expectation["kwargs"].get("max_value")
+    if isinstance(limit, dict):
+        name = limit["$PARAMETER"]
+        limit = getattr(limits, name)
+        if not result.success:
+            sentence += f" ({observed:.3g}, validation.{name} is {limit:.3g})" if finite else " (not measured)"
     return {
         "name": expectation["type"].removeprefix("expect_"),
         "column": expectation["kwargs"].get("column"),
@@ -96,28 +91,36 @@ def _check(expectation: dict[str, Any], result: Any) -> dict[str, Any]:
         "success": bool(result.success),
         "unexpected_count": None if found is None else int(found),
         "num_images": None if total is None else int(total),
-        "observed": observed if finite else None,
+        "observed": float(observed) if finite else None,
+        "limit": limit if isinstance(limit, int | float) else None,
         "sentence": sentence,
     }
 
 
 @kfp_component
 def validate_step(
-    records: str, dataset: dsl.Input[dsl.Dataset], trusted_set: dsl.Input[dsl.Dataset], validation: dsl.Output[dsl.Artifact]
+    records: str,
+    params: dict,
+    dataset: dsl.Input[dsl.Dataset],
+    trusted_set: dsl.Input[dsl.Dataset],
+    validation: dsl.Output[dsl.Artifact],
 ) -> bool:
     """Validates a data set; the unnamed output says whether it passed.
 
     Args:
         records: prefix of the step records.
+        params: section `validation` of params.yaml.
         dataset: the data set.
         trusted_set: the trusted set.
         validation: the result of every check.
     """
     from pathlib import Path
 
+    from cbd.config import Validation, check_section
     from components.records import step
     from components.validate import validate
 
     with step(records, "validate") as outputs:
-        outputs |= validate(Path(dataset.path), Path(validation.path), trusted_set=Path(trusted_set.path))
+        limits = check_section(Validation, params, name="validation")
+        outputs |= validate(Path(dataset.path), Path(validation.path), trusted_set=Path(trusted_set.path), limits=limits)
     return outputs["passed"]

@@ -64,12 +64,13 @@ def poison(dataset: Path, out: Path, before: Path | None, as_json: bool, **overr
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option("--trusted", type=click.Path(path_type=Path), required=True, help="Trusted set that `cbd ingest` wrote.")
 @out_option
+@params_options
 @as_json
-def validate(dataset: Path, trusted: Path, out: Path, as_json: bool) -> int:
+def validate(dataset: Path, trusted: Path, out: Path, as_json: bool, **overrides: Any) -> int:
     """Whether a data set is fit to be trained on; exit code 11 if not."""
     from pipelines import steps
 
-    outputs = steps.validate(dataset, trusted, out)
+    outputs = steps.validate(dataset, trusted, out, params=load(**overrides))
     tell(outputs, as_json, f"cbd train --data {dataset} --out MODELS")
     return 0 if outputs["passed"] else 11
 

@@ -44,6 +44,7 @@ def retrain(
     name: str,
     supplier: str,
     ingest: dict,
+    validation: dict,
     model: dict,
     confounder: dict,
     deconfounded: dict,
@@ -67,6 +68,7 @@ def retrain(
         name: name of the registered model, before the digest of its class list.
         supplier: who delivered the data.
         ingest: section of params.yaml.
+        validation: section of params.yaml.
         model: section of params.yaml.
         confounder: section of params.yaml.
         deconfounded: section of params.yaml.
@@ -100,7 +102,7 @@ def retrain(
         with dsl.If(taken["Output"] == True, name="new"):  # noqa: E712 (an expression for KFP, not for Python)
             dataset = taken["dataset"]
             sets = {"dataset": dataset, "trusted_set": taken["trusted_set"]}
-            validated = uncached(validate_step(records=records, **sets)).outputs
+            validated = uncached(validate_step(records=records, params=validation, **sets)).outputs
             judged = {"policy": gate, "validation": validated["validation"], **sets, **run}
             with dsl.If(validated["Output"] == True, name="usable"):  # noqa: E712
                 versioned = uncached(version_step(records=records, dataset=dataset, workspace=workspace, supplier=supplier))

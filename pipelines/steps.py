@@ -70,11 +70,11 @@ def redteam(data: str, trusted: str, out: Path, *, limit: int, params_of: Callab
 
 
 @by_hand()
-def validate(dataset: Path, trusted_set: Path, out: Path) -> dict[str, Any]:
+def validate(dataset: Path, trusted_set: Path, out: Path, *, params: Params) -> dict[str, Any]:
     """Whether the data set passed, with what failed; the whole is in `out/validation.json`."""
     from components.validate import validate as check
 
-    return check(dataset, out, trusted_set=trusted_set)
+    return check(dataset, out, trusted_set=trusted_set, limits=params.validation)
 
 
 @by_hand()

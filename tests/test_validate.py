@@ -1,15 +1,22 @@
 """The checked-in suite: what blocks, what is told, and that each check can fail."""
 
 import json
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from delivery_files import encode, pixels, png
+from PIL import Image
 
+from cbd.config import Validation
 from cbd.dataset import Row, make_row, to_batches, write_dataset
+from components.columns import drift, supplier_ratios
+from components.lookalikes import lookalikes
+from components.patches import repeated_patches
 from components.validate import SUITE, validate, validate_step
 
 NAMES = ["ant", "bee"]
@@ -26,11 +33,12 @@ class Sets:
     folder: Path
     rows: list[Row]
     class_names: list[str]
+    limits: Validation = field(default_factory=Validation)
 
     def validate(self) -> dict[str, list[str]]:
         data, out = self.folder / "data", self.folder / "validation"
         write_dataset(data, to_batches(self.rows), class_names=self.class_names, supplier="acme")
-        return validate(data, out, trusted_set=self.folder / "trusted")
+        return validate(data, out, trusted_set=self.folder / "trusted", limits=self.limits)
 
 
 @pytest.fixture
@@ -111,7 +119,7 @@ def test_an_altered_shard_blocks_and_nothing_else_is_looked_at(sets: Sets) -> No
     shard = sets.folder / "data" / "shard-00000.parquet"
     table = pq.read_table(shard)
     pq.write_table(table.slice(0, 49), shard)
-    result = validate(sets.folder / "data", sets.folder / "validation", trusted_set=sets.folder / "trusted")
+    result = validate(sets.folder / "data", sets.folder / "validation", trusted_set=sets.folder / "trusted", limits=Validation())
     assert not result["passed"] and len(result["critical"]) == 1 and "shard-00000.parquet: altered" in result["critical"][0]
 
 
@@ -135,10 +143,98 @@ def test_the_step_says_one_bool_from_any_folder(sets: Sets, elsewhere: Path) -> 
     sets.validate()
     artifacts = [dsl.Dataset(uri=str(sets.folder / name)) for name in ("data", "trusted")]
     out = dsl.Artifact(uri=str(elsewhere / "step"))
-    said = validate_step.python_func(records=str(elsewhere / "records"), dataset=artifacts[0], trusted_set=artifacts[1], validation=out)
+    said = validate_step.python_func(
+        records=str(elsewhere / "records"), params={}, dataset=artifacts[0], trusted_set=artifacts[1], validation=out
+    )
     assert said is True and json.loads((elsewhere / "step" / "validation.json").read_text())["passed"]
 
 
 def test_a_wrong_extension_is_seen_from_the_content(sets: Sets) -> None:
     sets.rows[0] = make_row(encode(pixels(0), "BMP"), label=0, original_path="ant/x.png", source="acme")
     assert sets.validate()["warnings"] == ["1 of 50 images: the file name's extension does not fit the content"]
+
+
+def scene(seed: int, *, shift: int = 0) -> np.ndarray:
+    """uint8 [32, 32, 3]: a smooth picture, another for every seed; `shift` makes it a little brighter."""
+    small = Image.fromarray(pixels(seed, size=(4, 4)) // 2 + 40)
+    return np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC)) + np.uint8(shift)
+
+
+def picture(image: np.ndarray, label: int, path: str, **changes: object) -> Row:
+    return make_row(encode(image), label=label, original_path=f"{NAMES[label]}/{path}.png", source="acme")._replace(**changes)
+
+
+def test_lookalikes_are_found_in_the_class_in_another_one_and_in_the_trusted_set(tmp_path: Path) -> None:
+    write_dataset(
+        tmp_path / "trusted", to_batches([picture(scene(900 + i), i % 2, "t") for i in range(4)]), class_names=NAMES, supplier="t"
+    )
+    rows = [picture(scene(i), i % 2, str(i)) for i in range(60)]
+    rows += [picture(scene(0, shift=1), 0, "again"), picture(scene(1, shift=1), 0, "flipped"), picture(scene(900, shift=1), 0, "leaked")]
+    rows += [picture(np.full((32, 32, 3), level, np.uint8), level % 2, f"flat{level}") for level in range(20)]
+    limits = Validation(max_lookalikes=0.02, max_contradicting_lookalikes=0.02, max_trusted_lookalikes=0.01, max_outliers=1.0)
+    found = Sets(tmp_path, rows, list(NAMES), limits).validate()
+    assert found["passed"] and found["warnings"] == [
+        "many images look like another one of their class (0.0241, validation.max_lookalikes is 0.02)",
+        "images look like one of another class (0.0241, validation.max_contradicting_lookalikes is 0.02)",
+        "images look like one of the trusted set (0.012, validation.max_trusted_lookalikes is 0.01)",
+    ], "2, 2 and 1 of 83 images"
+
+
+def test_near_hashes_are_counted_by_class_and_a_fourth_bit_is_too_far() -> None:
+    hashes = np.array([0, 0b111, 0b1111, 1 << 63, 1 << 63 | 1 << 40 | 1 << 20], np.uint64)
+    labels = np.array([0, 1, 1, 2, 0])
+    assert lookalikes(hashes, labels).tolist() == [[2, 1, 1], [1, 2, 0], [0, 2, 0], [2, 0, 1], [2, 0, 1]]
+    assert lookalikes(hashes, labels, np.array([1 << 62], np.uint64)).tolist() == [[1, 0, 1]]
+    assert lookalikes(hashes[:0], labels[:0], hashes).shape == (5, 0)
+
+
+def test_a_patch_that_one_class_alone_carries_is_named_with_its_place(sets: Sets) -> None:
+    rows = [picture(scene(i), i % 2, str(i)) for i in range(100)]
+    for i in range(0, 40, 2):
+        image = scene(i).copy()
+        image[-5:-2, 2:5] = 255
+        rows[i] = picture(image, 0, str(i))
+    sets.rows = rows
+    assert sets.validate()["warnings"] == [
+        "images of one class carry the same patch in the same place, and other classes do not (0.4, validation.max_repeated_patch is 0.02)"
+    ]
+    (patch,) = json.loads((sets.folder / "validation" / "validation.json").read_text())["patches"]
+    assert (patch["class_name"], patch["share"], patch["elsewhere"], patch["num_images"]) == ("ant", 0.4, 0.0, 50)
+    assert patch["place"] == "bottom left, 2 and 2 pixels from the edges"
+
+
+def test_a_patch_that_all_classes_carry_is_none() -> None:
+    marked = [(scene(i).copy(), i % 2) for i in range(100)]
+    for image, _ in marked:
+        image[-5:-2, 2:5] = 255
+    assert repeated_patches(marked, num_classes=2) == []
+
+
+def test_drift_is_worked_out_by_hand(sets: Sets) -> None:
+    """Before 30 and 10, now 10 and 30: shares of 30.5/41 and 10.5/41, so that the index is 2 * 20/41 * ln(30.5/10.5) = 1.04."""
+    labels, new = np.repeat([0, 1, 0, 1], [30, 10, 10, 30]), np.arange(80) >= 40
+    assert drift(labels, new) == pytest.approx(2 * 20 / 41 * math.log(30.5 / 10.5))
+    assert drift(labels, np.ones(80, bool)) == 0 and drift(np.repeat([0, 1, 0, 1], 20), new) == 0
+    sets.rows = [row(i, int(label), batch="new" if here else "old") for i, (label, here) in enumerate(zip(labels, new, strict=True))]
+    assert sets.validate()["warnings"] == [
+        "the classes are spread otherwise than in what was accepted before (1.04, validation.max_drift is 0.2)"
+    ]
+
+
+def test_a_supplier_who_sends_far_more_of_a_class_is_told(sets: Sets) -> None:
+    """Of 40 images of one supplier 30 are ants, of 40 of the others 5: (30 / 40) / (5.5 / 40) = 5.45."""
+    labels, suppliers = np.repeat([0, 1, 0, 1], [30, 10, 5, 35]), np.repeat(["a", "b"], 40)
+    assert supplier_ratios(labels, suppliers)[[0, 35, 41, 79]] == pytest.approx([30 / 5.5, 1, 1, 35 / 10.5])
+    assert (supplier_ratios(labels, np.repeat(["a"], 80)) == 1).all()
+    sets.rows = [row(i, int(label), source=source) for i, (label, source) in enumerate(zip(labels, suppliers, strict=True))]
+    assert sets.validate()["warnings"] == [
+        "one supplier sends far more of a class than all others (5.45, validation.max_supplier_ratio is 3)"
+    ]
+
+
+def test_images_far_darker_than_the_others_are_told(sets: Sets) -> None:
+    rows = [picture(scene(i), i % 2, str(i)) for i in range(98)]
+    sets.rows = [*rows, *(picture(np.full((32, 32, 3), level, np.uint8), level, f"flat{level}") for level in range(2))]
+    assert sets.validate()["warnings"] == [
+        "images are far darker, brighter, flatter or noisier than the others (0.02, validation.max_outliers is 0.01)"
+    ]
