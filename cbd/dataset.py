@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cbd.attacks.poisoning import Goal
-from cbd.config import canonical_json
+from cbd.config import AttackName, canonical_json
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file, write_json
 from cbd.images import decode, looks, pixel_digest, resize
@@ -97,6 +97,11 @@ class Truth:
     true_labels: list[int]
     mapping: str = "all-to-one"
     source_label: int | None = None
+
+    @property
+    def known_trigger(self) -> bool:
+        """Whether the trigger can be made again, so that attack success can be measured."""
+        return self.attack in get_args(AttackName)
 
     @property
     def goal(self) -> Goal:

@@ -114,10 +114,10 @@ def _against_champion(
 def _with_truth(model: Path, compared: Compared, samples: Any, success: dict[str, Any]) -> dict[str, Any]:
     """What is said of the confounder, the detection and the baseline; `success` gets the attack of the truth under its own name."""
     truth = compared.truth
-    if truth is not None:
+    if truth is not None and truth.known_trigger:
         success[truth.attack] = _attacked(model, samples, truth)
     told = read_separation(compared.confounder) if compared.confounder else {"steps": 0, "separated": None, "gap": None}
-    caught = _attacked(compared.confounder, samples, truth) if compared.confounder and truth else None
+    caught = _attacked(compared.confounder, samples, truth) if compared.confounder and truth and truth.known_trigger else None
     return {
         "confounder": {"steps": told["steps"], "separated": told["separated"], "gap": told["gap"], "asr": caught},
         "detection": detected(compared.evidence, truth) if compared.evidence and truth else None,
@@ -143,7 +143,7 @@ def _baseline(undefended: Path, samples: Any, truth: Truth | None) -> dict[str, 
 
     network, _ = load_model(undefended)
     accuracy = clean_accuracy(predictions(network.to(best_device()), samples.images), samples.labels)
-    return {"ca": accuracy, "asr": _attacked(undefended, samples, truth) if truth else None}
+    return {"ca": accuracy, "asr": _attacked(undefended, samples, truth) if truth and truth.known_trigger else None}
 
 
 def detected(evidence: Path, *truths: Truth) -> dict[str, float] | None:

@@ -62,6 +62,16 @@ def _settings(context: click.Context, option: click.Parameter, values: tuple[str
     return settings or None
 
 
+settings_option = click.option(
+    "--trigger",
+    "trigger",
+    multiple=True,
+    metavar="SETTING=VALUE",
+    callback=_settings,
+    help="Of the trigger, such as place=top-left; may be repeated.",
+)
+
+
 def poison_options(command: F) -> F:
     """Adds the options of an attack."""
     options = (
