@@ -294,7 +294,8 @@ def _array(path: Path, kind: str, num_axes: int) -> Any:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (ValueError, OSError, EOFError) as error:
-        told = "holds pickled objects, which are never opened" if "objects" in str(error) or "pickle" in str(error).lower() else "is no .npy file"
+        pickled = "objects" in str(error) or "pickle" in str(error).lower()
+        told = "holds pickled objects, which are never opened" if pickled else "is no .npy file"
         raise DataError(f"{path}: {told}; save plain arrays with numpy.save (docs/bring-your-data.md shows how)") from None
     fits = array.dtype == np.uint8 if kind == "u1" else array.dtype.kind in "iu"
     if not fits or array.ndim != num_axes or not len(array):
