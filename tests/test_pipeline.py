@@ -167,6 +167,27 @@ def test_a_second_run_on_the_same_delivery_says_nothing_new_quickly_and_a_reject
     assert code == outcome.EXIT_CODES[told["verdict"]] and told["data"]["num_images"] == first["data"]["num_images"] - 1
 
 
+def test_a_second_run_on_the_same_bucket_says_nothing_new_quickly(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not (endpoint := os.environ.get("CBD_TEST_S3_ENDPOINT")):
+        pytest.skip("CBD_TEST_S3_ENDPOINT names no S3 server")
+    import boto3
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    client, bucket = boto3.session.Session().client("s3"), f"cbd-{os.getpid()}-{time.time_ns()}"
+    client.create_bucket(Bucket=bucket)
+    for path in sorted((place.root / "delivery").rglob("*.png")):
+        client.upload_file(str(path), bucket, f"in/{path.relative_to(place.root / 'delivery')}")
+    arguments = [f"s3://{bucket}/in" if item == str(place.root / "delivery") else item for item in place.arguments()]
+    code, first, _ = cbd(capsys, arguments)
+    assert code == outcome.EXIT_CODES[first["verdict"]]
+    started = time.monotonic()
+    code, told, _ = cbd(capsys, arguments)
+    assert time.monotonic() - started < 20
+    assert (code, told["nothing_new"]) == (14, {"run_id": Path(first["run_dir"]).name, "verdict": first["verdict"]})
+
+
 @pytest.mark.parametrize("step", ALWAYS)
 def test_a_killed_step_shows_in_the_report_and_fails_the_run(place: Place, capsys: pytest.CaptureFixture[str], step: str) -> None:
     with killing(step, place) as killed:

@@ -1,9 +1,13 @@
 """Deliveries from S3: a stand-in in this process, and a real server where CBD_TEST_S3_ENDPOINT names one."""
 
+import hashlib
+import http.server
 import io
 import os
 import tarfile
+import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -121,8 +125,9 @@ def real(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, str]]:
     bucket = f"cbd-{uuid.uuid4().hex}"
     client.create_bucket(Bucket=bucket)
     yield client, bucket
-    for item in client.list_objects_v2(Bucket=bucket).get("Contents", ()):
-        client.delete_object(Bucket=bucket, Key=item["Key"])
+    kept = client.list_object_versions(Bucket=bucket)
+    for item in [*kept.get("Versions", ()), *kept.get("DeleteMarkers", ())]:
+        client.delete_object(Bucket=bucket, Key=item["Key"], VersionId=item["VersionId"])
     client.delete_bucket(Bucket=bucket)
 
 
@@ -235,3 +240,56 @@ def test_other_bytes_than_were_listed_are_never_taken(client: Any, body: bytes) 
     store.client = Broken(store.client, 1, lambda _: io.BytesIO(body))
     with pytest.raises(EnvironmentFault, match="'a/0.png': the object store delivers other bytes than it lists"):
         store.read("a/0.png")
+
+
+class Overloaded(http.server.BaseHTTPRequestHandler):
+    """A server of one object that answers 503 so many times to each kind of request first."""
+
+    times, seen = 0, Counter[str]()
+
+    def do_GET(self) -> None:
+        kind = "list" if "list-type=2" in self.path else "read"
+        self.seen[kind] += 1
+        if self.seen[kind] <= self.times:
+            return self.answer(503, b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>")
+        etag = hashlib.md5(png(0)).hexdigest()
+        item = f"<Contents><Key>in/a/0.png</Key><Size>{len(png(0))}</Size><ETag>&quot;{etag}&quot;</ETag></Contents>"
+        listing = f"<ListBucketResult><IsTruncated>false</IsTruncated>{item}</ListBucketResult>"
+        self.answer(200, listing.encode() if kind == "list" else png(0))
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("times", "read"), [(2, True), (9, False)])
+def test_a_server_that_says_503_is_asked_again_and_then_told_in_one_line(monkeypatch: pytest.MonkeyPatch, times: int, read: bool) -> None:
+    handler = type("Handler", (Overloaded,), {"times": times, "seen": Counter()})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testtest123")
+        try:
+            if read:
+                assert files("s3://box/in") == {"a/0.png": ("a", png(0), None)}
+                assert handler.seen == {"list": 3, "read": 3}
+            else:
+                with pytest.raises(EnvironmentFault, match=r"answers SlowDown \(HTTP 503\); try again later"):
+                    files("s3://box/in")
+        finally:
+            server.shutdown()
+
+
+def test_of_a_versioned_bucket_the_latest_versions_count_and_deleted_objects_do_not(real: tuple[Any, str]) -> None:
+    client, bucket = real
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    for key, seed in (("in/a/0.png", 1), ("in/a/0.png", 2), ("in/b/1.png", 3)):
+        client.put_object(Bucket=bucket, Key=key, Body=png(seed))
+    client.delete_object(Bucket=bucket, Key="in/b/1.png")
+    assert files(f"s3://{bucket}/in") == {"a/0.png": ("a", png(2), None)}
