@@ -156,11 +156,14 @@ def predict(model: str, data: str, out: Path, workspace: Path, as_json: bool) ->
 )
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How many seeds, from 0 on.")
 @click.option("--limit", type=click.IntRange(0), default=0, help="Take in at most so many images; 0: all.")
+@click.option(
+    "--group-by", help="Regular expression on paths: trusted images with the same match are one group, such as frames of a video."
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("cbd-redteam"), show_default=True, help="Where all of it is kept.")
 @poison_options
 @params_options
 @as_json
-def redteam(data: str, trusted: str, attacks: str, presets: str, seeds: int, limit: int, out: Path, as_json: bool, **overrides: Any) -> int:
+def redteam(data: str, trusted: str, attacks: str, presets: str, seeds: int, out: Path, as_json: bool, **overrides: Any) -> int:
     """The defence against known attacks: poison, train, measure; resumes where it was stopped.
 
     A delivery that was taken in to OUT before is not read again.
@@ -168,6 +171,7 @@ def redteam(data: str, trusted: str, attacks: str, presets: str, seeds: int, lim
     from pipelines import steps
     from pipelines.redteam_table import render
 
+    limit, group_by = (overrides.pop(name) for name in ("limit", "group_by"))
     for name, instead in (("preset", "--presets"), ("seed", "--seeds")):
         if overrides[name] is not None:
             raise ConfigError(f"--{name} is one of several here; use {instead}")
@@ -179,6 +183,7 @@ def redteam(data: str, trusted: str, attacks: str, presets: str, seeds: int, lim
         "attacks": split(attacks, ATTACKS, "--attacks", more=VARIANTS),
         "presets": split(presets, PRESETS, "--presets", more=BASELINES),
         "seeds": range(seeds),
+        "group_by": group_by,
     }
     outputs = steps.redteam(data, trusted, out, limit=limit, params_of=params_of, **chosen)
     if not as_json:

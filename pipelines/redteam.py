@@ -1,11 +1,15 @@
 """The defence against known attacks: for each attack, preset and seed poison, train, measure; one row each, one table of all."""
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from cbd.config import Params, Poison, canonical_json
 from cbd.dataset import DatasetInfo, Samples, Truth
@@ -16,6 +20,7 @@ from components.summary import read_object
 from pipelines.options import BASELINES
 
 COLUMNS = ("attack", "preset", "seed", "poison_rate", "target_label", "ca", "asr", "excess_asr", "robust_accuracy", "der")
+BY_GROUP = ("ca_by_group", "asr_by_group", "num_groups")
 DETECTION = ("separated", "suspects", "auroc", "tpr_at_1_percent_fpr")
 TABLE, SECONDS = "redteam.parquet", "seconds.json"
 HALF = 0.5
@@ -58,6 +63,7 @@ def redteam(
     seeds: Sequence[int],
     params_of: Callable[..., Params],
     known: Sequence[dict[str, Any]] = (),
+    group_by: str | None = None,
 ) -> list[dict[str, Any]]:
     """One row for every attack, preset and seed, also written to `out/redteam.parquet`. What was measured before is not measured again.
 
@@ -73,13 +79,16 @@ def redteam(
         seeds: of poison and training.
         params_of: the parameters of a `preset=` and a `seed=`; the attack in them is replaced by the trial's.
         known: rows of earlier calls, which stand for their trials if data and parameters are the same.
+        group_by: a regular expression on the paths of trusted images; those with the same match (its first group, if it has one) belong
+            together, such as frames of one video. Rates are then also told as means over groups, each of which counts once.
 
     Raises:
-        ConfigError: no attack, preset or seed, or an unknown one.
+        ConfigError: no attack, preset or seed, or an unknown one; or no such expression.
         DataError: the data does not fit an attack.
     """
     if not (attacks and presets and seeds):
         raise ConfigError("red team: expected at least one attack, one preset and one seed; name them")
+    groups = _groups(taken_in / "trusted_set", group_by) if group_by else None
     rows: list[dict[str, Any]] = []
     measured = {row["trial"]: row for row in known}
     trials = [(seed, attack, preset) for seed in seeds for attack in attacks for preset in presets]
@@ -88,13 +97,13 @@ def redteam(
         plain = params_of(preset="none", seed=seed)
         trial = Trial(attack, preset, plain if preset in ("none", *BASELINES) else params_of(preset=preset, seed=seed))
         name = trial.digest(taken_in)
-        if name not in measured:
+        if name not in measured or (groups is not None and measured[name].get("num_groups") is None):
             copies = _poisoned(taken_in / "dataset", trial, out)
             source = (copies[-1] if copies else taken_in) / "dataset"
             clean = _train(taken_in / "dataset", Trial(None, "none", plain), out)
             undefended = (_train(source, Trial(attack, "none", plain), out) if copies else clean) if "none" in presets else None
             trained = undefended if preset == "none" else _train(source, trial, out, copies)
-            measured[name] = {"trial": name} | _row(trial, trained, clean, undefended, copies, taken_in / "trusted_set")
+            measured[name] = {"trial": name} | _row(trial, trained, clean, undefended, copies, taken_in / "trusted_set", groups)
         rows.append(measured[name])
         _write_table(rows, out / TABLE)
     progress("redteam", len(trials), len(trials))
@@ -176,7 +185,31 @@ def _train(source: Path, trial: Trial, out: Path, copies: Sequence[Path] = ()) -
     return folder
 
 
-def _row(trial: Trial, trained: Path, clean: Path, undefended: Path | None, copies: list[Path], trusted_set: Path) -> dict[str, Any]:
+def _groups(trusted_set: Path, pattern: str) -> npt.NDArray[np.int64]:
+    """int64 [N]: number of the group of every trusted image."""
+    from cbd.dataset import read_manifest
+
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"--group-by {pattern!r}: no regular expression: {error}") from None
+    paths = read_manifest(trusted_set)["original_path"].to_pylist()
+    found = [wanted.search(path) for path in paths]
+    if None in found:
+        raise ConfigError(f"--group-by {pattern!r}: matches nothing in {paths[found.index(None)]!r}; every trusted image needs a group")
+    names = [match[1] if match.groups() else match[0] for match in found if match]
+    return np.unique(names, return_inverse=True)[1].astype(np.int64)
+
+
+def _row(
+    trial: Trial,
+    trained: Path,
+    clean: Path,
+    undefended: Path | None,
+    copies: list[Path],
+    trusted_set: Path,
+    groups: npt.NDArray[np.int64] | None,
+) -> dict[str, Any]:
     """The row of a trial; of several attacks that with the highest excess."""
     from cbd.dataset import load_samples, read_truth
     from cbd.evaluate import defence_effectiveness
@@ -184,44 +217,74 @@ def _row(trial: Trial, trained: Path, clean: Path, undefended: Path | None, copi
     truths = [truth for copy in copies if (truth := read_truth(copy / "truth"))]
     samples = load_samples(trusted_set, image_size=trial.params.model.image_size)
     seconds = read_object(trained / SECONDS).get("seconds")
+    if groups is None:
+        groups = np.arange(len(samples.labels))
+        by_group = dict.fromkeys(BY_GROUP)
+    else:
+        by_group = {"num_groups": len(np.unique(groups))}
     if not truths:
-        known = (trial.attack, trial.preset, trial.params.seed, 0.0, None, _accuracy(trained, samples), None, None, None, None)
-        return dict(zip(COLUMNS, known, strict=True)) | _detected(trained, truths) | {"seconds": seconds}
+        accuracy = _measure([trained], None, samples, trusted_set, groups)[0]
+        known = (trial.attack, trial.preset, trial.params.seed, 0.0, None, accuracy.ca, None, None, None, None)
+        by_group = {"ca_by_group": accuracy.ca_by_group, "asr_by_group": None} | by_group
+        return dict(zip(COLUMNS, known, strict=True)) | by_group | _detected(trained, truths) | {"seconds": seconds}
     rows = []
     for truth in truths:
         compared = [trained, clean, *([undefended] if undefended else [])]
-        (ca, asr, kept), (_, harmless, _), *plain = _measure(compared, truth, samples, trusted_set)
-        effect = defence_effectiveness(ca=ca, asr=asr, undefended_ca=plain[0][0], undefended_asr=plain[0][1]) if plain else None
+        own, harmless, *plain = _measure(compared, truth, samples, trusted_set, groups)
+        effect = None
+        if plain:
+            effect = defence_effectiveness(ca=own.ca, asr=own.asr, undefended_ca=plain[0].ca, undefended_asr=plain[0].asr)
         known = (trial.attack, trial.preset, trial.params.seed, sum(truth.poison_rate for truth in truths), truth.target_label)
-        rows.append(dict(zip(COLUMNS, (*known, ca, asr, asr - harmless, kept, effect), strict=True)))
+        row = dict(zip(COLUMNS, (*known, own.ca, own.asr, own.asr - harmless.asr, own.kept, effect), strict=True))
+        rows.append(row | {"ca_by_group": own.ca_by_group, "asr_by_group": own.asr_by_group} | by_group)
     return max(rows, key=lambda row: float(row["excess_asr"])) | _detected(trained, truths) | {"seconds": seconds}
 
 
-def _measure(folders: list[Path], truth: Truth, samples: Samples, trusted_set: Path) -> list[tuple[float, float, float]]:
-    """Clean accuracy, attack success rate and robust accuracy of the model in each folder; the images are stamped once for all."""
+class _Measured(NamedTuple):
+    """Shares in [0, 1] of one model."""
+
+    ca: float
+    asr: float
+    kept: float
+    """Robust accuracy."""
+    ca_by_group: float
+    asr_by_group: float
+
+
+def _measure(
+    folders: list[Path], truth: Truth | None, samples: Samples, trusted_set: Path, groups: npt.NDArray[np.int64]
+) -> list[_Measured]:
+    """What the model in each folder does; the images are stamped once for all. Without a truth there are no triggered ones."""
     from cbd.attacks import make_attack
     from cbd.bundle import read_card
-    from cbd.evaluate import clean_accuracy, predictions, triggered_rates
+    from cbd.evaluate import predictions
 
     num_classes = len(read_card(folders[0] / "model").class_names)
-    victims = truth.goal.victims(samples.labels, num_classes=num_classes)
-    if not victims.any():
-        raise DataError(f"{trusted_set}: no image that the attack is after; give a trusted set of all classes")
-    triggered = make_attack(truth.attack, **truth.trigger).stamp(samples.images[victims])
+    victims, triggered = np.zeros(len(samples.labels), bool), None
+    if truth is not None:
+        victims = truth.goal.victims(samples.labels, num_classes=num_classes)
+        if not victims.any():
+            raise DataError(f"{trusted_set}: no image that the attack is after; give a trusted set of all classes")
+        triggered = make_attack(truth.attack, **truth.trigger).stamp(samples.images[victims])
     measured = []
     for folder in folders:
         network = _network(folder)
-        accuracy = clean_accuracy(predictions(network, samples.images), samples.labels)
-        rates = triggered_rates(predictions(network, triggered), samples.labels[victims], goal=truth.goal, num_classes=num_classes)
-        measured.append(tuple(known["k"] / known["n"] for known in (accuracy, *rates)))
-    return measured  # type: ignore[return-value]
+        right = predictions(network, samples.images) == samples.labels
+        hit = kept = np.zeros(0, bool)
+        if truth is not None and triggered is not None:
+            called, true = predictions(network, triggered), samples.labels[victims]
+            hit, kept = called == truth.goal.wanted(true, num_classes=num_classes), called == true
+        shares = [float(values.mean()) if len(values) else 0.0 for values in (right, hit, kept)]
+        measured.append(_Measured(*shares, _mean_of_groups(right, groups), _mean_of_groups(hit, groups[victims])))
+    return measured
 
 
-def _accuracy(folder: Path, samples: Samples) -> float:
-    from cbd.evaluate import clean_accuracy, predictions
-
-    known = clean_accuracy(predictions(_network(folder), samples.images), samples.labels)
-    return float(known["k"] / known["n"])
+def _mean_of_groups(values: npt.NDArray[np.bool_], groups: npt.NDArray[np.int64]) -> float:
+    """The mean over groups of the share of true values in each, in [0, 1]; 0 without values."""
+    if not len(values):
+        return 0.0
+    of = np.bincount(groups)
+    return float((np.bincount(groups, values)[of > 0] / of[of > 0]).mean())
 
 
 def _network(folder: Path) -> Any:

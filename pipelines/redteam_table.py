@@ -4,15 +4,16 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.redteam import COLUMNS, DETECTION
+from pipelines.redteam import BY_GROUP, COLUMNS, DETECTION
 
-AS_PERCENT = ("poison_rate", "ca", "asr", "excess_asr", "worst", "robust_accuracy")
+AS_PERCENT = ("poison_rate", "ca", "asr", "excess_asr", "worst", "robust_accuracy", "ca_by_group", "asr_by_group")
 SUMMED = ("ca", "asr", "excess_asr", "der", "suspects", "auroc", "tpr_at_1_percent_fpr", "seconds")
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
     """One line for every row."""
-    return table([*COLUMNS[:4], *COLUMNS[5:], *DETECTION, "seconds"], rows)
+    grouped = BY_GROUP if any(row.get("num_groups") is not None for row in rows) else ()
+    return table([*COLUMNS[:4], *COLUMNS[5:], *grouped, *DETECTION, "seconds"], rows)
 
 
 def medians(rows: Sequence[dict[str, Any]]) -> str:
@@ -32,7 +33,7 @@ def medians(rows: Sequence[dict[str, Any]]) -> str:
 def table(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a column for each name, a line for each row."""
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    return "\n".join([*lines, *("| " + " | ".join(_cell(name, row[name]) for name in names) + " |" for row in rows)])
+    return "\n".join([*lines, *("| " + " | ".join(_cell(name, row.get(name)) for name in names) + " |" for row in rows)])
 
 
 def _cell(name: str, value: Any) -> str:

@@ -47,6 +47,27 @@ def run(place: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[in
     return int(ended.value.code or 0), json.loads(told.out.splitlines()[-1]), told.err
 
 
+def test_rates_by_group_count_each_group_once() -> None:
+    """Two of three frames of one video and none of the only frame of another: 2 of 4 frames, and (2/3 + 0) / 2 of the videos."""
+    hit, groups = np.array([True, True, False, False]), np.array([0, 0, 0, 2])
+    assert redteam._mean_of_groups(hit, groups) == pytest.approx(1 / 3)
+    rows = [dict.fromkeys([*redteam.COLUMNS, *redteam.DETECTION, "seconds"], 0.5)]
+    assert "asr_by_group" not in redteam_table.render(rows)
+    assert "asr_by_group" in redteam_table.render([rows[0] | {"num_groups": 2, "asr_by_group": 0.5}])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("torch_one_thread")
+def test_trusted_images_are_grouped_by_their_paths(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--attacks", "badnets", "--presets", "none")
+    _, told, _ = run(place, capsys, *more, "--group-by", r"^\d+")
+    (row,) = told["rows"]
+    assert row["num_groups"] == 3 and row["ca_by_group"] == pytest.approx(row["ca"]) and 0 <= row["asr_by_group"] <= 1
+    for pattern, message in (("(", "no regular expression"), ("x", "matches nothing in")):
+        code, _, err = run(place, capsys, *more, "--group-by", pattern)
+        assert code == 2 and message in err
+
+
 def test_all_stands_for_the_six_attacks_beside_others_and_a_name_counts_once() -> None:
     assert split("clean, all,clean,b", ("a", "b"), "--attacks", more=("clean",)) == ("clean", "a", "b")
     with pytest.raises(ConfigError, match="--attacks 'c': expected all, or some of a,b"):
