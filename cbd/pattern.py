@@ -7,7 +7,7 @@ falls into two groups along some direction (Tran et al., NeurIPS 2018, and Hayas
 embeddings of a network). A warp, or a trigger that is different on every image, is not seen.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,7 +74,7 @@ def find_patterns(images: Tensor, labels: Tensor, confounder: Network, *, losses
         seed: of the parts by which a gap is measured, and of the images of other classes that a pattern is added to.
     """
     given, easy, against = labels.cpu().numpy(), losses.cpu().numpy(), preferences.cpu().numpy()
-    search = _Search(images, given, against, confounder, np.random.default_rng(seed))
+    search = _Search(images, given, easy, against, confounder, np.random.default_rng(seed))
     far = np.square(search.space.whiten(search.space.centred)).sum(1)
     found = []
     for label in range(int(given.max()) + 1):
@@ -95,13 +95,36 @@ def find_patterns(images: Tensor, labels: Tensor, confounder: Network, *, losses
     return sorted(found, key=lambda pattern: -pattern.gap)
 
 
+def carriers(sides: Sequence[Pattern], losses: Sequence[float]) -> Pattern:
+    """Of the two groups of a class, the one that carries the pattern; the other is honest, and its pattern is the lack of it.
+
+    Lacking a trigger may turn images as well as having it does. But what wears a trigger that the confounder has learned is what it finds
+    easier; one that it has not learned makes the labels wrong, and the pilot contradicts those.
+
+    Args:
+        sides: the groups as patterns.
+        losses: the confounder's median loss in each.
+    """
+    easier, planted = sides[int(np.argmin(losses))], [side for side in sides if side.planted]
+    if len(planted) == 1:
+        return planted[0]
+    return easier if (easier.transfer or 0.0) >= MIN_TRANSFER or not planted else max(planted, key=lambda side: side.contradiction)
+
+
 class _Search:
     """The search in one class after the other."""
 
     def __init__(
-        self, images: Tensor, labels: NDArray[np.int64], against: Floats, confounder: Network, generator: np.random.Generator
+        self,
+        images: Tensor,
+        labels: NDArray[np.int64],
+        losses: Floats,
+        against: Floats,
+        confounder: Network,
+        generator: np.random.Generator,
     ) -> None:
-        self.images, self.labels, self.against, self.confounder, self.generator = images, labels, against, confounder, generator
+        self.images, self.labels, self.losses, self.against = images, labels, losses, against
+        self.confounder, self.generator = confounder, generator
         self.pixels = _small(images)
         self.space = _Whitened(self.pixels, labels)
 
@@ -111,8 +134,8 @@ class _Search:
         if not groups:
             return None
         gap, group = max(((_gap(self.space, chosen, group, self.generator), group) for group in groups), key=lambda pair: pair[0])
-        sides = [self._pattern(label, chosen, side, gap) for side in (group, ~group)]  # of two groups, which one is it?
-        return max(sides, key=lambda side: (side.planted, side.transfer or 0.0))
+        sides = [self._pattern(label, chosen, side, gap) for side in (group, ~group)]
+        return carriers(sides, [float(np.median(self.losses[side.members])) for side in sides])
 
     def _pattern(self, label: int, chosen: NDArray[np.int64], group: Mask, gap: float) -> Pattern:
         members = chosen[group]
