@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.redteam import BY_GROUP, COLUMNS, DETECTION
+from pipelines.redteam_row import BY_GROUP, COLUMNS, DETECTION
 
 AS_PERCENT = ("poison_rate", "ca", "asr", "excess_asr", "worst", "robust_accuracy", "ca_by_group", "asr_by_group")
 SUMMED = ("ca", "asr", "excess_asr", "der", "suspects", "auroc", "tpr_at_1_percent_fpr", "seconds")

@@ -11,7 +11,7 @@ import pytest
 
 from cbd.bundle import read_card
 from cbd.errors import ConfigError
-from pipelines import cli, redteam, redteam_table
+from pipelines import cli, redteam, redteam_row, redteam_table
 from pipelines.damages import encode_png
 from pipelines.demo import load_scans
 from pipelines.options import load, split
@@ -50,8 +50,8 @@ def run(place: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[in
 def test_rates_by_group_count_each_group_once() -> None:
     """Two of three frames of one video and none of the only frame of another: 2 of 4 frames, and (2/3 + 0) / 2 of the videos."""
     hit, groups = np.array([True, True, False, False]), np.array([0, 0, 0, 2])
-    assert redteam._mean_of_groups(hit, groups) == pytest.approx(1 / 3)
-    rows = [dict.fromkeys([*redteam.COLUMNS, *redteam.DETECTION, "seconds"], 0.5)]
+    assert redteam_row._mean_of_groups(hit, groups) == pytest.approx(1 / 3)
+    rows = [dict.fromkeys([*redteam_row.COLUMNS, *redteam_row.DETECTION, "seconds"], 0.5)]
     assert "asr_by_group" not in redteam_table.render(rows)
     assert "asr_by_group" in redteam_table.render([rows[0] | {"num_groups": 2, "asr_by_group": 0.5}])
 
@@ -168,14 +168,19 @@ def test_unknown_names_are_refused_with_the_known_ones(
 
 
 def test_the_table_says_percent_and_dashes_what_was_not_measured() -> None:
-    row = dict.fromkeys((*redteam.COLUMNS, *redteam.DETECTION, "seconds")) | {"attack": "sig", "ca": 0.875, "der": 0.5, "seconds": 12.34}
+    row = dict.fromkeys((*redteam_row.COLUMNS, *redteam_row.DETECTION, "seconds")) | {
+        "attack": "sig",
+        "ca": 0.875,
+        "der": 0.5,
+        "seconds": 12.34,
+    }
     head, _, line = redteam_table.render([row]).splitlines()
     cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
     assert (cells["ca"], cells["asr"], cells["der"], cells["seconds |"]) == ("87.5 %", "-", "0.5", "12.3 |")
 
 
 def test_medians_are_over_seeds_and_the_worst_excess_is_named() -> None:
-    blank = dict.fromkeys((*redteam.COLUMNS, *redteam.DETECTION, "seconds"))
+    blank = dict.fromkeys((*redteam_row.COLUMNS, *redteam_row.DETECTION, "seconds"))
     rows = [blank | {"attack": "sig", "preset": "cbd", "seed": seed, "excess_asr": value} for seed, value in enumerate((0.01, 0.05, -0.02))]
     head, _, line = redteam_table.medians([*rows, blank | {"attack": "clean", "preset": "cbd", "ca": 0.5}]).splitlines()[:3]
     cells = dict(zip(head.strip("| ").split(" | "), line.strip("| ").split(" | "), strict=True))
