@@ -4,8 +4,7 @@ A run trains on the union of all accepted deliveries. A delivery is accepted by 
 REVIEW accept it, anything else leaves it out. The signed audit log is what says so.
 """
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ import pyarrow.compute as pc
 from cbd.audit import LOG, load_public_key, verify_log
 from cbd.dataset import DatasetInfo, read_batches, read_manifest
 from cbd.errors import DataError
+from cbd.images import Refused
 from components import quarantine
+from components.quarantine import Held, Rulings
 from components.rawfiles import RawFile
 from components.registry import fetch, find
 
@@ -29,62 +30,79 @@ class Earlier:
     """The data set of the last accepted run."""
     info: DatasetInfo | None = None
     labels: dict[bytes, str] = field(default_factory=dict)
-    """Class name by pixel digest of all its images but the rejected ones."""
+    """Class name by pixel digest of all its images that stay."""
     ids: dict[bytes, str] = field(default_factory=dict)
     """Sample id by pixel digest, of the same."""
     rejected: frozenset[bytes] = frozenset()
     """Pixel digests that people rejected."""
-    released: list[RawFile] = field(default_factory=list)
-    """Files that people released from the quarantine."""
+    rejected_ids: frozenset[str] = frozenset()
+    """SHA-256 of files that people rejected."""
+    num_released: int = 0
+    """Files that people released from the quarantine and that are not back yet."""
+    released: Iterator[RawFile] = field(default_factory=lambda: iter(()))
+    """These, with their bytes; can be walked once."""
 
     @property
-    def num_rejected(self) -> int:
-        """Images of the accepted data set that are left out from now on."""
+    def base(self) -> str:
+        """Digest of the accepted data set; empty without one."""
+        return self.info.digest if self.info else ""
+
+    @property
+    def left_out(self) -> int:
+        """Images of the accepted data set that are rejected, or come back under another label."""
         return (self.info.num_images if self.info else 0) - len(self.labels)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The images of the accepted data set, without the rejected ones."""
+        """The images of the accepted data set that stay."""
         if self.folder is None:
             return
-        gone = pa.array(sorted(digest.hex() for digest in self.rejected), pa.string())
+        kept = pa.array(sorted(self.ids.values()), pa.string()) if self.left_out else None
         for batch in read_batches(self.folder):
-            yield batch.filter(pc.invert(pc.is_in(batch["pixel_digest"], gone))) if len(gone) else batch
+            yield batch if kept is None else batch.filter(pc.is_in(batch["sample_id"], kept))
 
 
-def read_earlier(workspace: Path, name: str, out: Path) -> Earlier:
+def read_earlier(workspace: Path, name: str, class_names: Sequence[str], out: Path) -> Earlier:
     """What this workspace knows; the accepted data set is fetched from the data registry to the folder `out`, and verified.
 
     Args:
         workspace: with the audit log, the data registry and the quarantine.
         name: the registered model's full name.
+        class_names: its classes; a file that was released under another label goes back to the quarantine.
         out: gets the data set, if there is one.
 
     Raises:
         DataError: the log, the registry or the quarantine was altered.
     """
     ruled = quarantine.rulings(workspace)
-    digests = (ruling.pixel_digest for ruling in ruled.values() if ruling.action == "reject")
-    rejected = frozenset(bytes.fromhex(digest) for digest in digests if digest)
-    released = quarantine.released(workspace)
-    digest = _last_accepted(workspace, name)
-    if digest is None:
-        return Earlier(rejected=rejected, released=released)
-    stored = find(workspace, digest)
-    if stored is None:
-        raise DataError(f"{workspace / 'registry'}: the accepted data set {digest[:12]} is not in it; restore the registry")
-    info = fetch(stored.tag, out, workspace=workspace)
-    manifest = read_manifest(out)
-    rows = zip(*(manifest[column].to_pylist() for column in ("pixel_digest", "label", "sample_id")), strict=True)
-    kept = [(bytes.fromhex(pixels), label, sample) for pixels, label, sample in rows if bytes.fromhex(pixels) not in rejected]
-    labels = {pixels: info.class_names[label] for pixels, label, _ in kept}
-    ids = {pixels: sample for pixels, _, sample in kept}
-    back = set(ids.values())
-    released = [file for file in released if hashlib.sha256(file.data or b"").hexdigest() not in back]
-    return Earlier(out, info, labels, ids, rejected, released)
+    rejected = frozenset(map(bytes.fromhex, ruled.rejected_pixels()))
+    rejected_ids = frozenset(sample for sample in ruled.of_file if ruled.rejects_file(sample))
+    info, kept = _accepted(workspace, name, out, ruled)
+    relabelled = {
+        ruling.pixel_digest
+        for ruling in ruled.released().values()
+        if (old := kept.get(str(ruling.pixel_digest))) and ruling.label_name not in (None, old[0])
+    }
+    kept = {digest: image for digest, image in kept.items() if digest not in relabelled}
+    back = {sample for _, sample in kept.values()}
+    files = [held for held in quarantine.listed(workspace) if held.model == name and held.id in ruled.released() and held.id not in back]
+    files = [held for held in files if ruled.of_file[held.id].pixel_digest not in kept]
+    return Earlier(
+        out if info else None,
+        info,
+        {bytes.fromhex(digest): label for digest, (label, _) in kept.items()},
+        {bytes.fromhex(digest): sample for digest, (_, sample) in kept.items()},
+        rejected,
+        rejected_ids,
+        len(files),
+        _released(workspace, files, ruled, class_names),
+    )
 
 
 def decided(workspace: Path, name: str, *, data: str, trusted: str) -> dict[str, str] | None:
-    """Run id and verdict of the last run of this model that ended with a decision on this data set and trusted set; None: none did."""
+    """Run id and verdict of the last run of this model that ended with a decision on this data set and trusted set; None: none did.
+
+    What validation refused counts whatever the model: its name is not known, and the same data would be refused again.
+    """
     found = None
     for run in _runs(workspace):
         same = run["digests"]["data"] == data and run["digests"]["trusted"] == trusted
@@ -94,9 +112,41 @@ def decided(workspace: Path, name: str, *, data: str, trusted: str) -> dict[str,
     return found
 
 
-def _last_accepted(workspace: Path, name: str) -> str | None:
+def last_accepted(workspace: Path, name: str) -> str:
+    """Digest of the data set of the last accepted run of this model; empty if none was.
+
+    Raises:
+        DataError: the audit log was altered.
+    """
     accepted = [run["digests"]["data"] for run in _runs(workspace) if run["name"] == name and run["alias"] and not run["trial"]]
-    return accepted[-1] if accepted else None
+    return str(accepted[-1]) if accepted else ""
+
+
+def _accepted(workspace: Path, name: str, out: Path, ruled: Rulings) -> tuple[DatasetInfo | None, dict[str, tuple[str, str]]]:
+    """The accepted data set, and label and sample id of each of its images that was not rejected, by pixel digest."""
+    digest = last_accepted(workspace, name)
+    if not digest:
+        return None, {}
+    stored = find(workspace, digest)
+    if stored is None:
+        raise DataError(f"{workspace / 'registry'}: the accepted data set {digest[:12]} is not in it; restore the registry")
+    info, rejected = fetch(stored.tag, out, workspace=workspace), ruled.rejected_pixels()
+    manifest = read_manifest(out)
+    rows = zip(*(manifest[column].to_pylist() for column in ("pixel_digest", "label", "sample_id")), strict=True)
+    kept = {
+        pixels: (info.class_names[label], sample)
+        for pixels, label, sample in rows
+        if pixels not in rejected and not ruled.rejects_file(sample)
+    }
+    return info, kept
+
+
+def _released(workspace: Path, files: Sequence[Held], ruled: Rulings, class_names: Sequence[str]) -> Iterator[RawFile]:
+    known = {held.id: held for held in files}
+    for name, data in quarantine.read_bytes(workspace, known):
+        held, label = known[name], ruled.of_file[name].label_name or known[name].label_name
+        refusal = None if label in class_names else Refused("no-class", f"released as {label!r}, which is no class of the trusted set")
+        yield RawFile(held.original_path, label, data, held.num_bytes, refusal, held.supplier)
 
 
 def _runs(workspace: Path) -> list[dict[str, Any]]:

@@ -40,24 +40,32 @@ def manifest_frame(dataset: Path, info: DatasetInfo, trusted_set: Path, trusted_
     frame["path_is_plain"] = [path.isprintable() for path in paths]
     _add_lookalikes(frame, read_manifest(trusted_set).to_pandas())
     frame["is_outlier"] = _is_outlier(frame["brightness"]) | _is_outlier(frame["entropy"])
-    frame["class_drift"] = drift(frame["label"].to_numpy(), (frame["batch"] == frame["batch"].iloc[-1]).to_numpy())
+    newest = frame["batch"].iloc[-1] if len(frame) else ""
+    frame["class_drift"] = drift(frame["label"].to_numpy(), (frame["batch"] == newest).to_numpy())
     frame["supplier_ratio"] = supplier_ratios(frame["label"].to_numpy(), frame["source"].fillna("").to_numpy(str))
     return frame
 
 
 def _add_lookalikes(frame: Any, trusted: Any) -> None:
-    """Whether an image looks like another one of its class, of another class, or of the trusted set; a flat image like none."""
+    """Whether an image looks like another one of its class, of another class, or of the trusted set; a flat image like none.
+
+    NaN where so many hashes are alike that it was not measured, which fails the check.
+    """
     told = (frame["entropy"] >= MIN_ENTROPY).to_numpy()
     labels = np.where(frame["label_is_known"], frame["label"], 0).astype(np.int64)
     hashes = frame["phash"].to_numpy(np.uint64)
-    near = lookalikes(hashes[told], labels[told])
-    own = near[np.arange(told.sum()), labels[told]]
-    found = {"has_lookalike": own > 1, "has_contradicting_lookalike": near.sum(1) > own}
+    near = lookalikes(hashes[told], labels[told], hashes[told], labels[told])
     sharp = trusted[trusted["entropy"] >= MIN_ENTROPY]
-    found["has_trusted_lookalike"] = lookalikes(sharp["phash"].to_numpy(np.uint64), np.zeros(len(sharp), np.int64), hashes[told]).sum(1) > 0
+    copies = lookalikes(sharp["phash"].to_numpy(np.uint64), np.zeros(len(sharp), np.int64), hashes[told], np.zeros(told.sum(), np.int64))
+    found = {
+        "has_lookalike": near and near[0] > 1,
+        "has_contradicting_lookalike": near and near[1] > near[0],
+        "has_trusted_lookalike": copies and copies[1] > 0,
+    }
     for name, values in found.items():
-        frame[name] = 0.0
-        frame.loc[told, name] = values.astype(float)
+        frame[name] = np.nan if values is None else 0.0
+        if values is not None:
+            frame.loc[told, name] = values.astype(float)
 
 
 def _is_outlier(values: Any) -> Any:

@@ -127,6 +127,10 @@ def import_arrays(
     touched = set() if poisoned is None else set(_array(poisoned, "i", 1).tolist())
     if len(true) != len(given) or not touched <= set(range(len(given))):
         raise DataError(f"{original or poisoned}: does not fit {len(given)} images")
+    if not class_names and max(given.max(), true.max()) >= len(given):
+        raise DataError(
+            f"{labels}: a label of {max(given.max(), true.max())} among {len(given)} images; name the classes, or mend the labels"
+        )
     names = class_names or tuple(str(number) for number in range(int(max(given.max(), true.max())) + 1))
     if min(given.min(), true.min()) < 0 or max(given.max(), true.max()) >= len(names):
         raise DataError(f"{labels}: labels from {given.min()} to {given.max()}, but {len(names)} classes are named")
@@ -226,9 +230,12 @@ def _touched(record: Path) -> dict[int, Path]:
 def _given_labels(path: Path, touched: dict[int, Path]) -> dict[int, int]:
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         try:
-            given = {int(row["index"]): int(row["label"]) for row in csv.DictReader(file)}
-        except (KeyError, TypeError, ValueError):
+            rows = [(int(row["index"]), int(row["label"])) for row in csv.DictReader(file)]
+        except (KeyError, TypeError, ValueError, csv.Error):
             raise DataError(f"{path}: expected the columns index and label, whole numbers; write it again") from None
+    given = dict(rows)
+    if len(given) < len(rows):
+        raise DataError(f"{path}: names an image twice; write it again")
     if missing := sorted(set(touched) - set(given)):
         raise DataError(f"{path}: has no label of image {missing[0]}; write it again")
     return given

@@ -98,15 +98,17 @@ def ingest(data: str, trusted: str, *, outputs: IngestPaths, params: Ingest, opt
         info = _write_truth(places, info, options)
         summary = _write_summary(places.quarantine, intake, clean[0], removed)
         shutil.rmtree(places.quarantine / "accepted", ignore_errors=True)
-    nothing_new = None
+    nothing_new, model = None, registered_name(options.name, class_names)
     if options.workspace and not info.trial:
-        keep_refused(outputs.quarantine / "quarantine.parquet", options.workspace, run_id=options.run_id, supplier=supplier)
-        about = {"data": info.digest, "trusted": trusted_info.digest}
-        nothing_new = None if options.again else decided(options.workspace, registered_name(options.name, class_names), **about)
+        about = {"run_id": options.run_id, "supplier": supplier, "model": model}
+        keep_refused(outputs.quarantine / "quarantine.parquet", options.workspace, **about)
+        digests = {"data": info.digest, "trusted": trusted_info.digest}
+        nothing_new = None if options.again else decided(options.workspace, model, **digests)
     return {
         **summary._asdict(),
         "num_images": info.num_images,
-        "left_out": earlier.num_rejected,
+        "left_out": earlier.left_out,
+        "base": earlier.base,
         "nothing_new": nothing_new,
         "digest": info.digest,
         "trusted_digest": trusted_info.digest,
@@ -122,14 +124,13 @@ def _earlier(options: IngestOptions, class_names: list[str], out: Path) -> Earli
     """What was accepted, rejected and released before; nothing without a workspace, or for a trial."""
     if options.workspace is None or options.poison.attack:
         return Earlier()
-    return read_earlier(options.workspace, registered_name(options.name, class_names), out)
+    return read_earlier(options.workspace, registered_name(options.name, class_names), class_names, out)
 
 
 def _suppliers(earlier: Earlier, supplier: str, intake: Intake) -> str:
     """Whom the union came from."""
     known = earlier.info.supplier.split(", ") if earlier.info else []
-    new = {supplier} if intake.kept().any() or not known else set()
-    return ", ".join(sorted({*known, *new}))
+    return ", ".join(sorted({*known, *intake.suppliers(supplier)}))
 
 
 def _take_in(
@@ -140,9 +141,9 @@ def _take_in(
     told = functools.partial(progress, "ingest", note=name)
     with read_delivery(uri, name=name, limits=params, limit=limit) as delivery:
         intake = take_in(delivery, folder=folder, prefix=prefix, source=source, limits=params, told=told, earlier=earlier)
-    if intake.delivered == 0:
+    if intake.delivered == intake.num_released:
         raise DataError(f"{name} {uri!r} is empty: no file in it; check the path")
-    if intake.summary().accepted == intake.summary().known == 0:
+    if not intake.usable:
         reasons = ", ".join(f"{count} {reason}" for reason, count in intake.summary().reasons.items())
         raise DataError(
             f"{name} {uri!r}: none of {intake.delivered} files is usable ({reasons}); deliver images in class folders or Parquet"
@@ -246,6 +247,7 @@ def ingest_step(
     quarantine: dsl.Output[dsl.Artifact],
     truth: dsl.Output[dsl.Artifact],
     digest: dsl.OutputPath(str),
+    base: dsl.OutputPath(str),
 ) -> bool:
     """Takes a delivery and a trusted set in; the unnamed output says whether there is anything new to train on.
 
@@ -268,6 +270,7 @@ def ingest_step(
         quarantine: refused files with reasons.
         truth: what is known about the poison.
         digest: digest of the data set.
+        base: digest of the accepted data set that it was added to, or `none`.
     """
     from pathlib import Path
 
@@ -282,4 +285,5 @@ def ingest_step(
         places = IngestPaths(*(Path(artifact.path) for artifact in (dataset, trusted_set, quarantine, truth)))
         outputs |= ingest(data, trusted, outputs=places, params=check_section(Ingest, params, name="ingest"), options=options)
         Path(digest).write_text(outputs["digest"])
+        Path(base).write_text(outputs["base"] or "none")
     return outputs["nothing_new"] is None

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +16,11 @@ import pyarrow.parquet as pq
 from cbd.config import Ingest
 from cbd.dataset import Row, to_batches
 from cbd.images import Refused
-from cbd.shards import GROUP_BYTES, GROUP_ROWS, schema
+from cbd.shards import GROUP_ROWS, schema
 from components.accepted import Earlier
 from components.decoding import decode_files
 from components.rawfiles import Delivery, RawFile
+from components.tables import Table
 
 _QUARANTINE = pa.schema(
     [
@@ -33,38 +33,8 @@ _QUARANTINE = pa.schema(
         ("image", pa.binary()),
     ]
 )
+_REJECTED = Refused("rejected", "a person rejected this image")
 _DUPLICATES = pa.schema([(name, pa.string()) for name in ("original_path", "label_name", "sample_id", "duplicate_of", "kept_sample_id")])
-
-
-class Table:
-    """A Parquet file that is written row by row and holds a bounded buffer in memory."""
-
-    def __init__(self, path: Path, columns: pa.Schema) -> None:
-        self._columns = columns
-        self._writer = pq.ParquetWriter(path, columns, compression="zstd")
-        self._rows: list[dict[str, Any]] = []
-        self._num_bytes = 0
-
-    def add(self, row: dict[str, Any], num_bytes: int = 0) -> None:
-        """Appends a row that holds `num_bytes` of image."""
-        self._rows.append(row)
-        self._num_bytes += num_bytes
-        if len(self._rows) == GROUP_ROWS or self._num_bytes >= GROUP_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._writer.write_table(pa.Table.from_pylist(self._rows, self._columns))
-        self._rows, self._num_bytes = [], 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._flush()
-        finally:
-            self._writer.close()
 
 
 class Summary(NamedTuple):
@@ -101,8 +71,10 @@ class Intake:
     """Staged images that were accepted with an earlier delivery."""
     refused: dict[int, Refused] = field(default_factory=dict)
     """Staged images that do not go with others: under several labels, under another one than before, or rejected by a person."""
-    released: set[int] = field(default_factory=set)
-    """Staged images that a person released from the quarantine."""
+    released: dict[int, str] = field(default_factory=dict)
+    """Staged images that a person released from the quarantine: whom each came from."""
+    num_released: int = 0
+    """Files that a person released, decodable or not, counted among the delivered ones."""
     reasons: Counter[str] = field(default_factory=Counter)
 
     def kept(self) -> npt.NDArray[np.bool_]:
@@ -120,8 +92,17 @@ class Intake:
         """The counts of the quarantine's `summary.json`."""
         reasons = dict(sorted(self.reasons.items()))
         duplicates = len(self.duplicate_of) + len(self.known)
-        known = (len(self.known), len(self.released))
+        known = (len(self.known), self.num_released)
         return Summary(self.delivered, int(self.kept().sum()), duplicates, sum(reasons.values()), *known, reasons)
+
+    @property
+    def usable(self) -> int:
+        """Files of the delivery itself that are accepted, or were with an earlier one."""
+        return int(self.kept().sum()) + len(self.known) - sum(1 for index in self.released if self.kept()[index] or index in self.known)
+
+    def suppliers(self, supplier: str) -> set[str]:
+        """Whom the accepted images came from; `supplier` delivered all that were not released."""
+        return {self.released.get(index, supplier) for index in np.flatnonzero(self.kept()).tolist()}
 
     def batch(self) -> str:
         """12 hex digits over the pixels of all accepted images, whatever their order."""
@@ -164,7 +145,7 @@ class Intake:
         first = {}
         for index, digest in enumerate(self.digests):
             if digest in earlier.rejected and index not in self.released:
-                self.refused[index] = Refused("rejected", "a person rejected this image")
+                self.refused[index] = _REJECTED
             elif digest in torn:
                 self.refused[index] = Refused("conflicting-labels", "the same image came under several labels")
             elif digest in ruled and names[index] != ruled[digest]:
@@ -224,13 +205,13 @@ def take_in(
         earlier: what was delivered before; released files come in ahead of the delivery.
     """
     earlier = earlier or Earlier()
-    if earlier.released:
+    if earlier.num_released:
         files = itertools.chain(earlier.released, delivery.files)
-        delivery = replace(delivery, files=files, total=delivery.total + len(earlier.released))
+        delivery = replace(delivery, files=files, total=delivery.total + earlier.num_released)
     intake = Intake(folder / f"{prefix}stage.parquet")
     with Table(folder / f"{prefix}quarantine.parquet", _QUARANTINE) as quarantine:
         with pq.ParquetWriter(intake.stage, schema([]), compression="lz4") as stage:
-            for batch in to_batches(_decodable(delivery, intake, quarantine, source=source, limits=limits, told=told)):
+            for batch in to_batches(_decodable(delivery, intake, quarantine, earlier, source=source, limits=limits, told=told)):
                 stage.write_batch(batch.replace_schema_metadata(schema([]).metadata))
         with Table(folder / f"{prefix}duplicates.parquet", _DUPLICATES) as duplicates:
             intake.sort_out(quarantine, duplicates, earlier)
@@ -238,7 +219,14 @@ def take_in(
 
 
 def _decodable(
-    delivery: Delivery, intake: Intake, quarantine: Table, *, source: str, limits: Ingest, told: Callable[[int, int], None]
+    delivery: Delivery,
+    intake: Intake,
+    quarantine: Table,
+    earlier: Earlier,
+    *,
+    source: str,
+    limits: Ingest,
+    told: Callable[[int, int], None],
 ) -> Iterator[Row]:
     """A row for every file that is an image with a label; the others go to the quarantine."""
     numbers: dict[str, int] = {}
@@ -246,16 +234,20 @@ def _decodable(
         intake.delivered += 1
         if intake.delivered % 1000 == 0 or intake.delivered == delivery.total:
             told(intake.delivered, delivery.total)
-        if raw.label_name is not None:
+        intake.num_released += raw.released_from is not None
+        if raw.label_name is not None and raw.released_from is None:
             intake.seen_names.add(raw.label_name)
         if row is None or raw.label_name is None:
             intake.refuse(quarantine, raw)
+            continue
+        if row.sample_id in earlier.rejected_ids:
+            intake.refuse(quarantine, raw._replace(refusal=_REJECTED))
             continue
         label = numbers.setdefault(raw.label_name, len(numbers))
         if label == len(intake.label_names):
             intake.label_names.append(raw.label_name)
         if raw.released_from is not None:
-            intake.released.add(len(intake.labels))
+            intake.released[len(intake.labels)] = raw.released_from
         intake.labels.append(label)
         intake.digests.append(bytes.fromhex(row.pixel_digest))
         yield row._replace(label=label)

@@ -8,6 +8,7 @@ from kfp.dsl import Artifact, Input
 from cbd.audit import LOG, append, ensure_key, load_public_key, verify_log
 from cbd.bundle import BundleCard, bundle_digest, read_card
 from cbd.errors import DataError
+from components.accepted import last_accepted
 from components.decision import SignedDecision, read_decision
 from components.records import kfp_component, step
 from components.tracking import check_reachable, find_version, log_run, register_bundle, registered_name, set_alias
@@ -18,16 +19,20 @@ ALIASES = {"PASS": "champion", "REVIEW": "candidate"}
 """Which alias a verdict sets; a trial sets none."""
 
 
-def register(bundle: Path, decision: Path, *, branch: str, workspace: Path, name: str, run_id: str, revision: str = "") -> dict[str, Any]:
+def register(
+    bundle: Path, decision: Path, *, branch: str, workspace: Path, name: str, run_id: str, revision: str = "", base: str | None = None
+) -> dict[str, Any]:
     """Registers the model as its decision demands; the same model with the same decision stays one version.
 
     Args:
         branch: the branch of the pipeline that calls: `promote`, `hold` or `record`.
         name: registered name before the digest of the class list.
         revision: the data registry's revision of the data set, for the record.
+        base: digest of the accepted data set that this one was added to; None: it was added to none, and none is asked for.
 
     Raises:
-        DataError: the decision is not signed by this workspace, not in its log, about another model or run, or demands another branch.
+        DataError: the decision is not signed by this workspace, not in its log, about another model or run, or demands another branch; or
+            another delivery was accepted meanwhile, which would be lost.
         EnvironmentFault: MLflow is out of reach.
     """
     signed, card = read_decision(decision, workspace), read_card(bundle)
@@ -36,6 +41,10 @@ def register(bundle: Path, decision: Path, *, branch: str, workspace: Path, name
     check_reachable(workspace)
     alias = None if signed.content["trial"] else ALIASES.get(signed.content["verdict"])
     full_name = registered_name(name, card.class_names)
+    if alias and base is not None and (accepted := last_accepted(workspace, full_name)) not in (base, card.data_digest):
+        raise DataError(
+            f"another run was accepted meanwhile (data set {accepted[:12]}), and this one does not hold its delivery; run again"
+        )
     tags = {"cbd.model_digest": model_digest, "cbd.data_digest": card.data_digest, "cbd.revision": revision}
     tags |= {"cbd.verdict": signed.content["verdict"], "cbd.run_id": run_id, "cbd.decision_digest": signed.digest}
     version = find_version(workspace, full_name, tags) or register_bundle(bundle, decision, workspace=workspace, name=full_name, tags=tags)
@@ -82,6 +91,7 @@ def register_step(
     name: str,
     run_id: str,
     revision: str,
+    base: str,
     model: Input[Artifact],
     decision: Input[Artifact],
     evidence: Input[Artifact],
@@ -95,6 +105,7 @@ def register_step(
         name: registered name before the digest of the class list.
         run_id: the run whose decision it is.
         revision: the data registry's revision of the data set.
+        base: digest of the accepted data set that it was added to, or `none`.
         model: the deconfounded model's bundle.
         decision: the signed decision.
         evidence: the evidence table, kept with the tracking run.
@@ -102,17 +113,19 @@ def register_step(
     from components.register import register_recorded
 
     parts = (model.path, decision.path, evidence.path)
-    register_recorded(records, parts, branch=branch, workspace=workspace, name=name, run_id=run_id, revision=revision)
+    about = {"name": name, "run_id": run_id, "revision": revision, "base": "" if base == "none" else base}
+    register_recorded(records, parts, branch=branch, workspace=workspace, **about)
 
 
 def register_recorded(
-    records: str, parts: tuple[str, str, str], *, branch: str, workspace: str, name: str, run_id: str, revision: str
+    records: str, parts: tuple[str, str, str], *, branch: str, workspace: str, name: str, run_id: str, revision: str, base: str
 ) -> None:
     """`register` with the step recorded; `parts` are the paths of bundle, decision and evidence."""
     bundle, decision, evidence = (Path(part) for part in parts)
     with step(records, "register") as outputs:
         place = Path(workspace)
-        outputs |= register(bundle, decision, branch=branch, workspace=place, name=name, run_id=run_id, revision=revision)
+        about = {"name": name, "run_id": run_id, "revision": revision, "base": base}
+        outputs |= register(bundle, decision, branch=branch, workspace=place, **about)
         content = read_decision(decision, place).content
         checks = {check["name"]: check["value"] for check in content["checks"] if check["value"] is not None}
         tags = {"cbd.verdict": content["verdict"], "cbd.revision": revision, "cbd.data_digest": content["digests"]["data"]}

@@ -37,6 +37,10 @@ _CONFIG = """\
 """
 
 
+class OlderVersion(DataError):
+    """A data set whose format is no longer read."""
+
+
 class Version(NamedTuple):
     """Where a data set lies in the registry: the commit and its tag."""
 
@@ -80,7 +84,7 @@ def find(workspace: Path, digest: str) -> Version | None:
 
 
 def versions(workspace: Path) -> list[tuple[str, DatasetInfo]]:
-    """Tag and description of every data set in the registry, the oldest first.
+    """Tag and description of every data set in the registry, the oldest first; those that an older version wrote are left out.
 
     Raises:
         DataError: the registry's description of one is malformed.
@@ -88,8 +92,14 @@ def versions(workspace: Path) -> list[tuple[str, DatasetInfo]]:
     registry = workspace / "registry"
     if not (registry / ".git").is_dir():
         return []
-    tags = _git(registry, "tag", "--list", "--sort=creatordate").splitlines()
-    return [(tag, info) for tag in tags if (info := _described(registry, tag)) is not None]
+    found = []
+    order = {commit: number for number, commit in enumerate(_git(registry, "rev-list", "--reverse", "--topo-order", "HEAD").splitlines())}
+    tags = [line.split() for line in _git(registry, "tag", "--list", "--format=%(*objectname) %(refname:short)").splitlines()]
+    for _, tag in sorted((pair for pair in tags if len(pair) == 2), key=lambda pair: order.get(pair[0], -1)):
+        with contextlib.suppress(OlderVersion):
+            if (info := _described(registry, tag)) is not None:
+                found.append((tag, info))
+    return found
 
 
 def fetch(tag: str, out: Path, *, workspace: Path) -> DatasetInfo:
@@ -127,8 +137,11 @@ def _described(registry: Path, tag: str) -> DatasetInfo | None:
     place = _place(registry, tag, digest)
     if place is None:
         return None
+    text = _git(registry, "show", f"refs/tags/{tag}:{place}.json")
+    if '"schema_version": 1' in text or '"schema_version":1' in text:
+        raise OlderVersion(f"{tag}: was written by an older version; start a new --workspace and take its deliveries in again")
     try:
-        return DatasetInfo.model_validate_json(_git(registry, "show", f"refs/tags/{tag}:{place}.json"))
+        return DatasetInfo.model_validate_json(text)
     except ValueError as error:
         raise DataError(f"{registry}: {place}.json under {tag} is malformed: {str(error).splitlines()[0]}; restore the registry") from None
 

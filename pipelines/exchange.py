@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from pipelines.options import ATTACKS, as_json, out_option, settings_option, tell
+from pipelines.options import ATTACKS, as_json, new_place, out_option, settings_option, tell
 
 
 @click.group("import")
@@ -29,7 +29,7 @@ def backdoorbench(
     from pipelines.launch import check_uri
 
     check_uri("--clean", clean)
-    outputs = import_backdoorbench(record, clean, out, attack=attack or UNKNOWN, trigger=trigger, **options)
+    outputs = import_backdoorbench(record, clean, new_place(out), attack=attack or UNKNOWN, trigger=trigger, **options)
     return tell(outputs, as_json, _following(out))
 
 
@@ -46,7 +46,7 @@ def abl(images: Path, labels: Path, out: Path, as_json: bool, classes: str, **op
     from components.exchange import import_arrays
 
     names = tuple(name.strip() for name in classes.split(",") if name.strip())
-    return tell(import_arrays(images, labels, out, class_names=names, **options), as_json, _following(out))
+    return tell(import_arrays(images, labels, new_place(out), class_names=names, **options), as_json, _following(out))
 
 
 @import_group.command()
@@ -61,7 +61,9 @@ def torchvision(name: str, root: Path, split: str, out: Path, as_json: bool) -> 
     """NAME, one of torchvision's image data sets, such as MNIST, GTSRB or STL10; downloaded where it is missing."""
     from components.exchange import import_torchvision
 
-    return tell(import_torchvision(name, root, out, split=split), as_json, f"cbd run --data {out / 'delivery'} --trusted TRUSTED")
+    return tell(
+        import_torchvision(name, root, new_place(out), split=split), as_json, f"cbd run --data {out / 'delivery'} --trusted TRUSTED"
+    )
 
 
 @click.group("export")
@@ -78,7 +80,7 @@ def to_backdoorbench(dataset: Path, truth: Path, out: Path, as_json: bool) -> in
     """DATASET in BackdoorBench's layout."""
     from components.exchange import export_backdoorbench
 
-    return tell(export_backdoorbench(dataset, truth, out), as_json, f"cbd import backdoorbench {out} --clean CLEAN --out AGAIN")
+    return tell(export_backdoorbench(dataset, truth, new_place(out)), as_json, f"cbd import backdoorbench {out} --clean CLEAN --out AGAIN")
 
 
 def _following(out: Path) -> str:

@@ -1,5 +1,6 @@
 """What people do with data that is held: rule on refused files and suspects, and look at versions of data sets."""
 
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any
 from cbd.errors import ConfigError, DataError
 from cbd.files import replacing
 from pipelines.outcome import find_artifact, find_run
+from pipelines.progress import printable
 
 SHOWN = ("id", "status", "reason", "supplier", "first_seen", "label_name", "original_path")
 SEVERAL_LABELS = "conflicting-labels"
@@ -31,7 +33,7 @@ def show_quarantined(name: str, workspace: Path, *, out: Path | None) -> dict[st
 
     (held,) = find(workspace, [name])
     if out is not None:
-        known = read_bytes(workspace, [held.id])
+        known = dict(read_bytes(workspace, [held.id]))
         if held.id not in known:
             raise DataError(f"{name}: was refused unread ({held.reason}), so there are no bytes; ask the supplier for it")
         with replacing(out) as temporary:
@@ -50,18 +52,19 @@ def release(names: Sequence[str], workspace: Path, *, by: str, reason: str, labe
     from components import quarantine
 
     files = quarantine.find(workspace, names)
-    known = quarantine.read_bytes(workspace, [held.id for held in files])
+    known = {name for name, _ in quarantine.read_bytes(workspace, [held.id for held in files])}
     for held in files:
         if held.id not in known:
             raise DataError(
                 f"{held.id[:12]}: was refused unread ({held.reason}), so there are no bytes to release; have it delivered again"
             )
-        if held.reason == SEVERAL_LABELS and label_name is None:
+        if (held.reason == SEVERAL_LABELS or held.num_labels > 1) and label_name is None:
             raise ConfigError(f"{held.id[:12]}: came under several labels; say with --label which one holds")
         if held.label_name is None and label_name is None:
             raise ConfigError(f"{held.id[:12]}: came without a label; give it one with --label")
     digests = quarantine.pixel_digests(workspace, files, Ingest())
-    return _told(quarantine.rule(workspace, "release", digests, by=by, reason=reason, label_name=label_name), len(files))
+    labels = {held.id: label_name or held.label_name for held in files}
+    return _told(quarantine.rule(workspace, "release", digests, labels, by=printable(by), reason=printable(reason)), len(files))
 
 
 def reject(names: Sequence[str], workspace: Path, *, run: str | None, by: str, reason: str) -> dict[str, Any]:
@@ -77,9 +80,12 @@ def reject(names: Sequence[str], workspace: Path, *, run: str | None, by: str, r
         digests = quarantine.pixel_digests(workspace, quarantine.find(workspace, names), Ingest())
     else:
         run_dir = find_run(run, workspace)
+        if run_dir.parent.parent != workspace.resolve():
+            raise ConfigError(f"--run {run}: is a run of {run_dir.parent.parent}; give that as --workspace, where the ruling must stand")
         chosen = [_whole(name, run_dir) for name in names] or _suspects(run_dir)
-        digests = dict(quarantine.send(find_artifact(run_dir, "ingest", "dataset"), chosen, workspace, run_id=run_dir.name))
-    return _told(quarantine.rule(workspace, "reject", digests, by=by, reason=reason), len(digests))
+        dataset = find_artifact(run_dir, "ingest", "dataset")
+        digests = dict(quarantine.send(dataset, chosen, workspace, run_id=run_dir.name, model=_model(run_dir, dataset)))
+    return _told(quarantine.rule(workspace, "reject", digests, {}, by=printable(by), reason=printable(reason)), len(digests))
 
 
 def versions(workspace: Path) -> dict[str, Any]:
@@ -144,6 +150,15 @@ def _whole(name: str, run_dir: Path) -> str:
             f"{name!r}: {len(hits)} images of run {run_dir.name} have a sample id that begins so; `cbd suspects {run_dir.name}` lists them"
         )
     return str(hits[0])
+
+
+def _model(run_dir: Path, dataset: Path) -> str:
+    """Full name of the registered model that a run is about."""
+    from cbd.dataset import read_info
+    from components.tracking import registered_name
+
+    name = json.loads((run_dir / "arguments.json").read_text())["name"] if (run_dir / "arguments.json").is_file() else "model"
+    return registered_name(name, read_info(dataset).class_names)
 
 
 def _suspects(run_dir: Path) -> list[str]:

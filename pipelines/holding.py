@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from cbd.errors import ConfigError
-from pipelines.options import as_json, tell, workspace_option
+from pipelines.options import WORKSPACE, as_json, new_place, tell, workspace_option
 
 by_option = click.option("--by", default=getpass.getuser, show_default="your user name", help="Who decides.")
 reason_option = click.option("--reason", required=True, help="Why; it stands in the audit log.")
@@ -27,7 +27,7 @@ def list_command(status: str | None, top: int, workspace: Path, as_json: bool) -
     from pipelines import held
 
     outputs = held.quarantined(workspace, status=status, top=top)
-    return tell(outputs, as_json, "cbd quarantine show ID --out FILE", table="files")
+    return tell(outputs, as_json, f"cbd quarantine show ID --out FILE{_place(workspace)}", table="files")
 
 
 @quarantine.command()
@@ -39,7 +39,11 @@ def show(name: str, out: Path | None, workspace: Path, as_json: bool) -> int:
     """A refused file, by the first digits of its id."""
     from pipelines import held
 
-    return tell(held.show_quarantined(name, workspace, out=out), as_json, f"cbd quarantine release {name} --reason WHY")
+    return tell(
+        held.show_quarantined(name, workspace, out=new_place(out) if out else None),
+        as_json,
+        f"cbd quarantine release {name} --reason WHY{_place(workspace)}",
+    )
 
 
 @quarantine.command()
@@ -54,7 +58,7 @@ def release(names: tuple[str, ...], label_name: str | None, reason: str, by: str
     from pipelines import held
 
     outputs = held.release(names, workspace, by=by, reason=reason, label_name=label_name)
-    return tell(outputs, as_json, "cbd run --data DELIVERY --trusted TRUSTED")
+    return tell(outputs, as_json, f"cbd run --data DELIVERY --trusted TRUSTED{_place(workspace)}")
 
 
 @quarantine.command()
@@ -74,7 +78,7 @@ def reject(names: tuple[str, ...], run: str | None, suspects: bool, reason: str,
     if suspects == bool(names):
         raise ConfigError("name the ids, or take all with --run RUN --suspects")
     outputs = held.reject(names, workspace, run=run, by=by, reason=reason)
-    return tell(outputs, as_json, "cbd run --data DELIVERY --trusted TRUSTED")
+    return tell(outputs, as_json, f"cbd run --data DELIVERY --trusted TRUSTED{_place(workspace)}")
 
 
 @click.group()
@@ -89,7 +93,7 @@ def list_versions(workspace: Path, as_json: bool) -> int:
     """Every version in the data registry, the latest first."""
     from pipelines import held
 
-    return tell(held.versions(workspace), as_json, "cbd data diff OLD NEW", table="versions")
+    return tell(held.versions(workspace), as_json, f"cbd data diff OLD NEW{_place(workspace)}", table="versions")
 
 
 @data.command()
@@ -101,7 +105,7 @@ def diff(old: str, new: str, workspace: Path, as_json: bool) -> int:
     """What changed from version OLD to version NEW: images, labels, classes, suppliers."""
     from pipelines import held
 
-    return tell(held.diff(old, new, workspace), as_json, f"cbd data checkout {new} --out FOLDER")
+    return tell(held.diff(old, new, workspace), as_json, f"cbd data checkout {new} --out FOLDER{_place(workspace)}")
 
 
 @data.command()
@@ -113,7 +117,11 @@ def checkout(version: str, out: Path, workspace: Path, as_json: bool) -> int:
     """A version's data set in the folder OUT, verified."""
     from pipelines import held
 
-    return tell(held.checkout(version, out, workspace), as_json, f"cbd train --data {out} --out MODELS")
+    return tell(held.checkout(version, new_place(out), workspace), as_json, f"cbd train --data {out} --out MODELS")
+
+
+def _place(workspace: Path) -> str:
+    return "" if workspace == WORKSPACE else f" --workspace {workspace}"
 
 
 COMMANDS = (quarantine, data)

@@ -123,6 +123,13 @@ def load(*, params_path: Path | None, preset: str | None, **overrides: Any) -> "
     return params
 
 
+def new_place(out: Path) -> Path:
+    """The place where a command is to write; raises ConfigError if there is anything, which would be lost."""
+    if out.exists():
+        raise ConfigError(f"--out {out}: exists already; name a new place")
+    return out
+
+
 def split(text: str, known: tuple[str, ...], option: str, *, more: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The comma-separated names in `text`, `all` being the known ones; raises ConfigError on one that is neither known nor of `more`."""
     asked = [name.strip() for name in text.split(",") if name.strip()]

@@ -29,7 +29,7 @@ def groups_of(trusted_set: Path, pattern: str) -> npt.NDArray[np.int64]:
     found = [wanted.search(path) for path in paths]
     if None in found:
         raise ConfigError(f"--group-by {pattern!r}: matches nothing in {paths[found.index(None)]!r}; every trusted image needs a group")
-    names = [match[1] if match.groups() else match[0] for match in found if match]
+    names = [(match[1] if match.groups() else match[0]) or "" for match in found if match]
     return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 

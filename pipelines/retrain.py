@@ -128,6 +128,7 @@ def retrain(
                 registered = {
                     "name": name,
                     "revision": versioned.outputs["revision"],
+                    "base": taken["base"],
                     "model": trained["model"],
                     "decision": decided["decision"],
                     "evidence": trained["evidence"],

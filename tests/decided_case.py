@@ -53,9 +53,9 @@ def make_case(
     trial: bool = False,
     **changes: Any,
 ) -> Case:
-    """A case under `<workspace>/<run_id>`; `changes` go to the evaluation, `weight=...` makes another model."""
+    """A case under `<workspace>/<run_id>`; `changes` go to the evaluation, `weight` makes another model, `per_class` another data set."""
     root, weight = workspace / run_id, changes.pop("weight", 1.0)
-    data = make_dataset(root / "dataset", 2, trial=trial)
+    data = make_dataset(root / "dataset", changes.pop("per_class", 2), trial=trial)
     trusted = make_dataset(root / "trusted_set", 1)
     bundle = make_bundle(root / "model", data, kind=kind, trial=trial, weight=weight)
     digests = {"model_digest": bundle_digest(bundle), "data_digest": data, "trusted_digest": trusted}

@@ -106,6 +106,8 @@ def test_each_trap_is_refused_by_name_and_nothing_is_written(
     refused("expected the columns index and label")
     labels.write_text("index,label\n1,0\n5,0\n")
     refused("has no label of image 8")
+    labels.write_text(known + "1,2\n")
+    refused("names an image twice")
     labels.write_text(known.replace("1,0", "1,7"))
     refused("label 7 is outside the 3 classes")
     labels.write_text(known)
@@ -149,7 +151,8 @@ def test_arrays_become_a_delivery_and_pickled_ones_are_never_opened(tmp_path: Pa
         np.save(tmp_path / f"{name}.npy", array)
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     x, y, i, t, objects = (str(tmp_path / f"{name}.npy") for name in ("x", "y", "i", "t", "objects"))
-    out = ("--out", str(tmp_path / "out"))
+    np.save(tmp_path / "huge.npy", np.array([0, 0, 1, 0, 1, 10**10]))
+    huge, out = str(tmp_path / "huge.npy"), ("--out", str(tmp_path / "out"))
     code, told, _ = cbd(capsys, "import", "abl", x, y, "--poisoned", i, "--original", t, "--classes", "ant,bee", *out)
     assert code == 0 and (told["clean"], told["poison"], told["cover"]) == (4, 1, 1)
     for arguments, message in (
@@ -160,6 +163,7 @@ def test_arrays_become_a_delivery_and_pickled_ones_are_never_opened(tmp_path: Pa
         ((x, y, "--poisoned", i), "--poisoned needs --original"),
         ((x, y, "--classes", "ant"), "labels from 0 to 1, but 1 classes are named"),
         ((x, str(tmp_path / "none.npy")), "no such file"),
+        ((x, huge), "a label of 10000000000 among 6 images"),
     ):
         code, _, err = cbd(capsys, "import", "abl", *arguments, "--out", str(tmp_path / "other"))
         assert code == 2 and message in err, err
@@ -181,5 +185,6 @@ def test_a_data_set_of_torchvision_is_read_from_its_files_and_one_with_pickles_i
     assert code == 0 and (told["num_images"], told["clean"]) == (20, 20)
     assert [row["label"] for row in delivered(tmp_path / "out")] == [i % 10 for i in range(20)]
     assert read_truth(tmp_path / "out" / "truth") is None
+    place = (*place[:2], "--out", str(tmp_path / "other"))
     code, _, err = cbd(capsys, "import", "torchvision", "CIFAR10", *place)
     assert code == 2 and "its files are pickled, take a Parquet copy" in err

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,8 @@ def test_rejected_images_are_left_out_come_in_no_other_form_and_are_not_lost(tmp
     root = write_classes(tmp_path / "one", COUNTS)
     deliver(workspace, root, "run-1")
     wanted = hashlib.sha256(png(0)).hexdigest()
-    digests = quarantine.send(workspace / "runs" / "run-1" / "dataset", [wanted], workspace, run_id="run-1")
-    quarantine.rule(workspace, "reject", digests, by="ann", reason="a patch in the corner")
+    digests = quarantine.send(workspace / "runs" / "run-1" / "dataset", [wanted], workspace, run_id="run-1", model=NAME)
+    quarantine.rule(workspace, "reject", digests, {}, by="ann", reason="a patch in the corner")
     (root / "ant" / "again.bmp").write_bytes(encode(pixels(0), "BMP"))
     (root / "ant" / "new.png").write_bytes(png(300))
     told = deliver(workspace, root, "run-2")
@@ -121,8 +122,8 @@ def test_rejected_images_are_left_out_come_in_no_other_form_and_are_not_lost(tmp
     assert "ant/000.png" not in paths(workspace, "run-2")
     (held,) = quarantine.find(workspace, [wanted[:8]])
     assert (held.status, held.reason, held.supplier, held.label_name) == ("rejected", "rejected", "acme", "ant")
-    assert quarantine.read_bytes(workspace, [wanted]) == {wanted: png(0)}
-    quarantine.rule(workspace, "release", digests, by="bob", reason="it was a smudge")
+    assert dict(quarantine.read_bytes(workspace, [wanted])) == {wanted: png(0)}
+    quarantine.rule(workspace, "release", digests, {wanted: "ant"}, by="bob", reason="it was a smudge")
     assert deliver(workspace, root, "run-3", verdict=None)["num_images"] == 9
 
 
@@ -134,7 +135,7 @@ def test_a_released_file_comes_back_with_the_label_it_was_given_and_counts_again
     (held,) = quarantine.listed(workspace)
     assert (held.status, held.run_id, held.supplier) == ("quarantined", "run-1", "acme") and held.first_seen.endswith("Z")
     digests = quarantine.pixel_digests(workspace, [held], LIMITS)
-    quarantine.rule(workspace, "release", digests, by="ann", reason="it is an ant", label_name="ant")
+    quarantine.rule(workspace, "release", digests, {held.id: "ant"}, by="ann", reason="it is an ant")
     told = deliver(workspace, write_classes(tmp_path / "two", {"bee": 1}, seed=100), "run-2", supplier="beta")
     assert (told["delivered"], told["released"], told["accepted"], told["num_images"]) == (2, 1, 2, 9)
     manifest = read_manifest(workspace / "runs" / "run-2" / "dataset").to_pylist()
@@ -149,7 +150,7 @@ def test_a_released_file_that_is_still_no_image_goes_back_to_the_quarantine(tmp_
     (root / "ant" / "cut.png").write_bytes(png(9)[:300])
     deliver(workspace, root, "run-1")
     (held,) = quarantine.listed(workspace)
-    quarantine.rule(workspace, "release", {held.id: None}, by="ann", reason="let us see")
+    quarantine.rule(workspace, "release", {held.id: None}, {held.id: "ant"}, by="ann", reason="let us see")
     told = deliver(workspace, write_classes(tmp_path / "two", COUNTS, seed=100), "run-2")
     assert refused(workspace, "run-2") == {"ant/cut.png": "truncated"} and told["quarantined"] == 1
     assert len(quarantine.listed(workspace)) == 1
@@ -188,7 +189,7 @@ def test_tampering_with_what_was_accepted_is_refused_by_name(damage: str, tmp_pa
         shard.write_bytes(shard.read_bytes()[:-1] + b"X")
     else:
         (held,) = quarantine.listed(workspace)
-        quarantine.rule(workspace, "release", {held.id: None}, by="ann", reason="let us see")
+        quarantine.rule(workspace, "release", {held.id: None}, {held.id: "ant"}, by="ann", reason="let us see")
         (path,) = (workspace / "quarantine").glob("*.parquet")
         rows = pq.read_table(path).to_pylist()
         rows[0]["image"] = png(500)
@@ -256,3 +257,132 @@ def test_versions_are_listed_compared_and_checked_out(tmp_path: Path, workspace:
     assert code == 0 and read_info(tmp_path / "checked-out").digest == told["digest"]
     code, _, err = cbd(capsys, "data", "checkout", "2026-01-01/x/0", "--out", str(tmp_path / "other"), *place)
     assert code == 2 and "no data set is tagged" in err and not (tmp_path / "other").exists()
+
+
+def reject_image(workspace: Path, run_id: str, data: bytes) -> None:
+    name = hashlib.sha256(data).hexdigest()
+    digests = quarantine.send(workspace / "runs" / run_id / "dataset", [name], workspace, run_id=run_id, model=NAME)
+    quarantine.rule(workspace, "reject", digests, {}, by="ann", reason="no")
+
+
+def test_the_last_word_on_the_pixels_counts_whichever_file_it_was_about(tmp_path: Path, workspace: Path) -> None:
+    """The image came as another file under another label; that one is released as an ant, then the accepted one is rejected."""
+    root = write_classes(tmp_path / "one", COUNTS)
+    deliver(workspace, root, "run-1")
+    (root / "bee" / "x.bmp").write_bytes(encode(pixels(0), "BMP"))
+    deliver(workspace, root, "run-2", verdict=None)
+    (held,) = quarantine.listed(workspace)
+    digests = quarantine.pixel_digests(workspace, [held], LIMITS)
+    quarantine.rule(workspace, "release", digests, {held.id: "ant"}, by="ann", reason="it is an ant")
+    assert deliver(workspace, root, "run-3", verdict=None)["released"] == 0, "its pixels are in the data set already"
+    reject_image(workspace, "run-1", png(0))
+    told = deliver(workspace, root, "run-4", verdict=None)
+    assert (told["num_images"], told["left_out"], told["released"]) == (7, 1, 0)
+
+
+def test_a_file_that_could_not_be_decoded_when_it_was_rejected_stays_out_when_it_can(tmp_path: Path, workspace: Path) -> None:
+    root = write_classes(tmp_path / "one", COUNTS)
+    (root / "ant" / "large.png").write_bytes(encode(pixels(5, size=(64, 64))))
+    narrow = LIMITS.model_copy(update={"max_pixels": 1000})
+    options = IngestOptions("acme", workspace=workspace, run_id="run-1")
+    ingest(str(root), str(workspace.parent / "trusted"), outputs=places(workspace / "runs" / "run-1"), params=narrow, options=options)
+    (held,) = quarantine.listed(workspace)
+    assert held.reason == "decompression-bomb"
+    quarantine.rule(workspace, "reject", {held.id: None}, {}, by="ann", reason="no")
+    deliver(workspace, root, "run-2", verdict=None)
+    assert refused(workspace, "run-2") == {"ant/large.png": "rejected"}
+
+
+def test_a_released_file_comes_back_for_its_own_model_and_under_a_class_that_there_is(tmp_path: Path, workspace: Path) -> None:
+    root = write_classes(tmp_path / "one", COUNTS)
+    (root / "bee" / "copy.png").write_bytes(png(0))
+    deliver(workspace, root, "run-1")
+    (held,) = quarantine.listed(workspace)
+    assert held.num_labels == 2 and held.model == NAME
+    digests = quarantine.pixel_digests(workspace, [held], LIMITS)
+    quarantine.rule(workspace, "release", digests, {held.id: "antt"}, by="ann", reason="a slip")
+    second = write_classes(tmp_path / "two", COUNTS, seed=100)
+    told = deliver(workspace, second, "run-2", verdict=None)
+    assert refused(workspace, "run-2") == {held.original_path: "no-class"} and told["accepted"] == 8
+    quarantine.rule(workspace, "release", digests, {held.id: "ant"}, by="ann", reason="an ant")
+    assert deliver(workspace, second, "run-3", verdict=None, name="other")["released"] == 0
+    assert deliver(workspace, second, "run-4", verdict=None)["released"] == 1
+
+
+def test_an_accepted_image_is_relabelled_by_a_release(tmp_path: Path, workspace: Path) -> None:
+    root = write_classes(tmp_path / "one", COUNTS)
+    deliver(workspace, root, "run-1")
+    reject_image(workspace, "run-1", png(0))
+    name = hashlib.sha256(png(0)).hexdigest()
+    digests = quarantine.pixel_digests(workspace, quarantine.find(workspace, [name]), LIMITS)
+    quarantine.rule(workspace, "release", digests, {name: "bee"}, by="ann", reason="it is a bee")
+    told = deliver(workspace, root, "run-2", verdict=None)
+    labels = {row["sample_id"]: row["label"] for row in read_manifest(workspace / "runs" / "run-2" / "dataset").to_pylist()}
+    assert (told["num_images"], labels[name]) == (8, 1)
+    assert refused(workspace, "run-2") == {"ant/000.png": "conflicts-with-accepted"}
+
+
+def test_a_released_file_makes_no_delivery_of_an_empty_one_and_no_supplier_of_whom_sent_nothing(tmp_path: Path, workspace: Path) -> None:
+    root = write_classes(tmp_path / "one", COUNTS)
+    (root / "bee" / "copy.png").write_bytes(png(0))
+    deliver(workspace, root, "run-1")
+    (held,) = quarantine.listed(workspace)
+    digests = quarantine.pixel_digests(workspace, [held], LIMITS)
+    quarantine.rule(workspace, "release", digests, {held.id: "ant"}, by="ann", reason="an ant")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="is empty"):
+        deliver(workspace, tmp_path / "empty", "run-2", verdict=None)
+    (tmp_path / "broken" / "ant").mkdir(parents=True)
+    (tmp_path / "broken" / "ant" / "x.png").write_bytes(b"x")
+    with pytest.raises(DataError, match="none of"):
+        deliver(workspace, tmp_path / "broken", "run-3", verdict=None)
+    (root / "bee" / "copy.png").unlink()
+    deliver(workspace, root, "run-4", verdict=None, supplier="beta")
+    assert read_info(workspace / "runs" / "run-4" / "dataset").supplier == "acme"
+
+
+def test_a_delivery_that_was_accepted_meanwhile_is_not_lost(tmp_path: Path, workspace: Path) -> None:
+    from components.accepted import last_accepted
+
+    base = deliver(workspace, write_classes(tmp_path / "one", COUNTS), "run-1")
+    assert base["base"] == "" and last_accepted(workspace, NAME) == base["digest"]
+    second = deliver(workspace, write_classes(tmp_path / "two", COUNTS, seed=100), "run-2", verdict=None)
+    assert second["base"] == base["digest"]
+
+
+def test_a_data_set_of_an_older_version_is_told_as_one(tmp_path: Path, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deliver(workspace, write_classes(tmp_path / "one", COUNTS), "run-1")
+    registry = workspace / "registry"
+    (card,) = (registry / "datasets").glob("*.json")
+    card.write_text(
+        card.read_text().replace('"schema_version": 2', '"schema_version": 1').replace('"schema_version":2', '"schema_version":1')
+    )
+    git = ["git", "-C", str(registry), "-c", "user.name=x", "-c", "user.email=x@x"]
+    subprocess.run([*git, "commit", "--quiet", "--all", "--message", "older"], check=True)
+    (tag,) = subprocess.run([*git, "tag", "--list"], check=True, capture_output=True, text=True).stdout.split()
+    message = subprocess.run(
+        [*git, "tag", "--list", "--format=%(contents:subject)"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    subprocess.run([*git, "tag", "--force", "--annotate", "--message", message, tag], check=True, capture_output=True)
+    with pytest.raises(DataError, match="was written by an older version; start a new --workspace"):
+        deliver(workspace, write_classes(tmp_path / "two", COUNTS, seed=100), "run-2")
+    assert cbd(capsys, "data", "list", "--workspace", str(workspace))[1]["versions"] == []
+
+
+def test_nothing_that_is_there_is_overwritten(tmp_path: Path, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deliver(workspace, write_classes(tmp_path / "one", COUNTS), "run-1")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("mine")
+    out = ("--out", str(tmp_path / "precious"), "--workspace", str(workspace))
+    for arguments in (("data", "checkout", "tag", *out), ("quarantine", "show", "0" * 12, *out), ("import", "abl", "x", "y", *out[:2])):
+        code, _, err = cbd(capsys, *arguments)
+        assert code == 2 and "exists already; name a new place" in err
+    assert (tmp_path / "precious" / "file").read_text() == "mine"
+
+
+def test_a_ruling_on_a_run_of_another_workspace_is_refused(tmp_path: Path, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deliver(workspace, write_classes(tmp_path / "one", COUNTS), "run-1")
+    (workspace / "runs" / "run-1" / "records").mkdir()
+    arguments = ("quarantine", "reject", "0" * 12, "--run", str(workspace / "runs" / "run-1"), "--reason", "no")
+    code, _, err = cbd(capsys, *arguments, "--workspace", str(tmp_path / "elsewhere"))
+    assert code == 2 and f"is a run of {workspace}; give that as --workspace" in err and not (tmp_path / "elsewhere").exists()

@@ -12,6 +12,7 @@ from decided_case import Case, make_bundle, make_case, swap
 
 from cbd.audit import verify_log
 from cbd.bundle import bundle_digest
+from cbd.dataset import read_info
 from cbd.errors import CbdError, ConfigError, DataError
 from components.register import register, register_step
 from components.tracking import champion_bundle, fetch_model, registered_name
@@ -292,3 +293,19 @@ def test_a_failed_step_leaves_the_reason(workspace: Path, make_evaluation: Make)
     with pytest.raises(CbdError):
         register_step.python_func(records=str(workspace / "records"), **named, **artifacts)
     assert "demands the branch 'record'" in json.loads((workspace / "records" / "register.json").read_text())["error"]["message"]
+
+
+def test_a_run_that_does_not_hold_what_was_accepted_meanwhile_gets_no_alias(workspace: Path, make_evaluation: Make) -> None:
+    """Two runs took their deliveries in on top of nothing; the second to end would put the first one's images out of the union."""
+    first, second = (decided(workspace, make_evaluation, run_id=f"run-{n}", per_class=n, weight=float(n)) for n in (2, 3))
+
+    def enter_on(case: Case, base: str) -> dict[str, Any]:
+        return register(case.bundle, case.decision, branch="promote", workspace=workspace, name="model", run_id=case.run_id, base=base)
+
+    assert enter_on(first, "")["alias"] == "champion"
+    with pytest.raises(DataError, match="another run was accepted meanwhile"):
+        enter_on(second, "")
+    assert len(versions(workspace)) == 1
+    assert enter_on(first, "")["version"] == "1", "registering the same again is no other run"
+    accepted = read_info(first.subject.dataset).digest
+    assert enter_on(second, accepted)["version"] == "2"

@@ -183,9 +183,24 @@ def test_lookalikes_are_found_in_the_class_in_another_one_and_in_the_trusted_set
 def test_near_hashes_are_counted_by_class_and_a_fourth_bit_is_too_far() -> None:
     hashes = np.array([0, 0b111, 0b1111, 1 << 63, 1 << 63 | 1 << 40 | 1 << 20], np.uint64)
     labels = np.array([0, 1, 1, 2, 0])
-    assert lookalikes(hashes, labels).tolist() == [[2, 1, 1], [1, 2, 0], [0, 2, 0], [2, 0, 1], [2, 0, 1]]
-    assert lookalikes(hashes, labels, np.array([1 << 62], np.uint64)).tolist() == [[1, 0, 1]]
-    assert lookalikes(hashes[:0], labels[:0], hashes).shape == (5, 0)
+    own, everyone = lookalikes(hashes, labels, hashes, labels) or ([], [])
+    assert list(own) == [2, 2, 2, 1, 2] and list(everyone) == [4, 3, 2, 3, 3]
+    own, everyone = lookalikes(hashes, labels, np.array([1 << 62], np.uint64), np.array([5])) or ([], [])
+    assert list(own) == [0] and list(everyone) == [2]
+    own, everyone = lookalikes(hashes[:0], labels[:0], hashes, labels) or ([], [])
+    assert list(own) == list(everyone) == [0] * 5
+
+
+def test_hashes_that_a_supplier_has_made_to_share_a_part_stop_nothing(monkeypatch: pytest.MonkeyPatch, sets: Sets) -> None:
+    monkeypatch.setattr("components.lookalikes.MAX_PAIRS", 100)
+    hashes = np.arange(40, dtype=np.uint64) << np.uint64(16)
+    assert lookalikes(hashes, np.zeros(40, np.int64), hashes, np.zeros(40, np.int64)) is None
+    sets.rows = [picture(scene(i), i % 2, str(i)) for i in range(60)]
+    found = sets.validate()
+    assert found["passed"] and [told for told in found["warnings"] if "(not measured)" in told] == [
+        "many images look like another one of their class (not measured)",
+        "images look like one of another class (not measured)",
+    ]
 
 
 def test_a_patch_that_one_class_alone_carries_is_named_with_its_place(sets: Sets) -> None:
