@@ -20,7 +20,7 @@ from cbd.attacks.poisoning import Goal
 from cbd.config import AttackName, canonical_json
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file, write_json
-from cbd.images import decode, looks, pixel_digest, resize
+from cbd.images import Glance, decode, glance, looks_of, pixel_digest, resize
 from cbd.shards import GROUP_BYTES, GROUP_ROWS, row_groups, schema, shards
 
 INFO = "dataset.json"
@@ -114,12 +114,18 @@ class Truth:
 
 
 def make_row(data: bytes, *, label: int, original_path: str, source: str, max_pixels: int = 50_000_000) -> Row:
-    """A data set row for an encoded image, with its digests, size, mode and format; raises `Refused` if it cannot be decoded."""
+    """A data set row for an encoded image, with digests, size, mode, format and looks; raises `Refused` if it cannot be decoded."""
+    row, seen = look_at(data, label=label, original_path=original_path, source=source, max_pixels=max_pixels)
+    return row._replace(**looks_of([seen])[0]._asdict())
+
+
+def look_at(data: bytes, *, label: int, original_path: str, source: str, max_pixels: int) -> tuple[Row, Glance]:
+    """A row without its looks, and what those are made of, for many at once by `looks_of`; raises `Refused` as `make_row` does."""
     decoded = decode(data, max_pixels=max_pixels)
     height, width = decoded.pixels.shape[:2]
     sample_id, pixels = hashlib.sha256(data).hexdigest(), pixel_digest(decoded.pixels)
-    seen = looks(decoded.pixels)
-    return Row(data, label, sample_id, pixels, source, original_path, width, height, decoded.mode, decoded.format, "", *seen)
+    row = Row(data, label, sample_id, pixels, source, original_path, width, height, decoded.mode, decoded.format)
+    return row, glance(decoded.pixels)
 
 
 def to_batches(rows: Iterable[Row]) -> Iterator[pa.RecordBatch]:

@@ -5,6 +5,7 @@ import io
 import re
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from cbd.errors import DataError
 
 Pixels = npt.NDArray[np.uint8]
 _SIDE, _LOWEST = 32, 8
-_LEVELS = np.arange(256)
+_LEVELS = np.arange(256.0)
 _COSINES = np.cos(np.pi * np.outer(np.arange(_LOWEST), 2 * np.arange(_SIDE) + 1) / (2 * _SIDE)).astype(np.float32)
 """The lowest rows of the discrete cosine transform (type 2) of 32 values."""
 
@@ -241,13 +242,32 @@ class Looks(NamedTuple):
     """Of the histogram of grey levels, in bits, in [0, 8]: 0 is one level only."""
 
 
-def looks(pixels: Pixels) -> Looks:
-    """The looks of an image, uint8 RGB [H, W, 3]."""
+class Glance(NamedTuple):
+    """What `looks_of` needs of an image: little, so that many can be kept."""
+
+    small: Pixels
+    """uint8 [32, 32], grey."""
+    counts: npt.NDArray[np.int64]
+    """int64 [256], of the grey levels."""
+
+
+def glance(pixels: Pixels) -> Glance:
+    """What the looks of an image are made of, uint8 RGB [H, W, 3]."""
     grey = Image.fromarray(pixels).convert("L")
-    counts = np.bincount(np.frombuffer(grey.tobytes(), np.uint8), minlength=256)
-    shares = counts[counts > 0] / counts.sum()
     small = grey if grey.size == (_SIDE, _SIDE) else grey.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    frequencies = (_COSINES @ np.asarray(small, np.float32) @ _COSINES.T).ravel()
-    above = frequencies > np.partition(frequencies, 32)[31:33].mean()
-    phash = int(np.packbits(above).view(">u8")[0])
-    return Looks(phash, round(float(counts @ _LEVELS / counts.sum()), 3), round(float(-(shares @ np.log2(shares))) + 0.0, 3))
+    return Glance(np.asarray(small), np.bincount(np.frombuffer(grey.tobytes(), np.uint8), minlength=256))
+
+
+def looks_of(glances: Sequence[Glance]) -> list[Looks]:
+    """The looks of images, all at once."""
+    if not glances:
+        return []
+    small = np.stack([one.small for one in glances]).astype(np.float32)
+    frequencies = (_COSINES @ small @ _COSINES.T).reshape(len(small), -1)
+    middle = np.partition(frequencies, (31, 32), axis=1)[:, 31:33].mean(1, keepdims=True)
+    hashes = np.packbits(frequencies > middle, axis=1).view(">u8")[:, 0]
+    counts = np.stack([one.counts for one in glances]).astype(np.float64)
+    shares = counts / counts.sum(1, keepdims=True)
+    entropies = -(shares * np.log2(shares, out=np.zeros_like(shares), where=shares > 0)).sum(1) + 0.0
+    columns = hashes.tolist(), (shares @ _LEVELS).round(3).tolist(), entropies.round(3).tolist()
+    return [Looks(*values) for values in zip(*columns, strict=True)]

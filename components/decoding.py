@@ -9,8 +9,8 @@ from functools import cache
 from pebble import ProcessExpired, ProcessPool
 
 from cbd.config import Ingest
-from cbd.dataset import Row, make_row
-from cbd.images import Refused
+from cbd.dataset import Row, look_at
+from cbd.images import Refused, looks_of
 from components.parallel import in_order, num_cores
 from components.rawfiles import RawFile
 
@@ -94,11 +94,18 @@ def _readable(file: RawFile) -> bool:
 def _rows(asked: list[tuple[bytes, str]], source: str, max_pixels: int) -> list[Outcome]:
     """In the worker: a row without its bytes for every image, which the caller has already."""
     outcomes: list[Outcome] = []
-    for data, path in asked:
+    places, glances = [], []
+    for place, (data, path) in enumerate(asked):
         try:
-            outcomes.append(make_row(data, label=0, original_path=path, source=source, max_pixels=max_pixels)._replace(data=b""))
+            row, seen = look_at(data, label=0, original_path=path, source=source, max_pixels=max_pixels)
         except Refused as refusal:
             outcomes.append(refusal)
+        else:
+            outcomes.append(row._replace(data=b""))
+            places.append(place)
+            glances.append(seen)
+    for place, found in zip(places, looks_of(glances), strict=True):
+        outcomes[place] = outcomes[place]._replace(**found._asdict())  # type: ignore[union-attr]
     return outcomes
 
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cbd.images import EXTENSIONS, Refused, decode, extension_matches, pixel_digest, resize
+from cbd.images import EXTENSIONS, Refused, decode, extension_matches, glance, looks_of, pixel_digest, resize
 
 PHOTO = pixels(0, size=(24, 20))
 FORMATS = {name: encode(PHOTO, name) for name in EXTENSIONS}
@@ -151,3 +151,31 @@ def test_an_image_of_the_right_size_is_not_resampled() -> None:
     assert resize(PHOTO[:20], 20) is not None and np.array_equal(resize(PHOTO[:20], 20), PHOTO[:20])
     assert resize(PHOTO, 8).shape == (8, 8, 3)
     assert (resize(np.full((5, 9, 3), 77, np.uint8), 32) == 77).all()
+
+
+def test_looks_are_worked_out_by_hand() -> None:
+    """Half black, half white: brightness 127.5 and one bit; flat grey: no bit, and a hash that says nothing."""
+    half = np.zeros((32, 32, 3), np.uint8)
+    half[:, 16:] = 255
+    flat, halves = looks_of([glance(np.full((20, 40, 3), 7, np.uint8)), glance(half)])
+    assert (flat.brightness, flat.entropy) == (7.0, 0.0)
+    assert (halves.brightness, halves.entropy) == (127.5, 1.0)
+    assert looks_of([]) == []
+
+
+def test_hashes_tell_a_brighter_copy_from_another_picture() -> None:
+    generator = np.random.default_rng(0)
+    small = [Image.fromarray(generator.integers(40, 180, (5, 5, 3), dtype=np.uint8)) for _ in range(2)]
+    one, other = (np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)) for image in small)
+    hashes = [seen.phash for seen in looks_of([glance(image) for image in (one, one + np.uint8(20), other)])]
+    assert (hashes[0] ^ hashes[1]).bit_count() <= 3
+    assert (hashes[0] ^ hashes[2]).bit_count() > 15
+
+
+def test_the_hash_is_the_sign_of_each_low_frequency_against_their_median() -> None:
+    from scipy.fft import dctn
+
+    image = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    low = dctn(np.asarray(Image.fromarray(image).convert("L"), np.float64))[:8, :8].ravel()
+    bits = "".join("1" if value > np.median(low) else "0" for value in low)
+    assert looks_of([glance(image)])[0].phash == int(bits, 2)
