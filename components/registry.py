@@ -1,6 +1,9 @@
 """The data registry: a git repository with DVC pointers and a remote for the shards. The only module that knows DVC.
 
 DVC's hashes are MD5, so they only find what was damaged by accident; `dataset.json`, committed beside each pointer, holds SHA-256.
+
+By default both lie in the workspace. `CBD_REGISTRY_GIT` names a git repository that the registry is cloned from and pushed to, and
+`CBD_REGISTRY_REMOTE` the address of the shards (s3://bucket/prefix), for workspaces that share them.
 """
 
 import contextlib
@@ -26,13 +29,20 @@ _IDENTITY = {
 }
 _PLAIN = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0"}
 
+_PASSED = ("GIT_SSH_COMMAND", "GIT_ASKPASS", "GIT_SSL_CAINFO")
+"""How git reaches an origin: of the user's environment only these count."""
+ORIGIN, REMOTE = "CBD_REGISTRY_GIT", "CBD_REGISTRY_REMOTE"
+ATTEMPTS = 5
+"""At publishing a version, if others publish at the same time."""
+
 # The remote is named relative to the file's folder, so that a workspace may be moved. Without `verify` DVC checks out tampered objects.
+_LOCAL_REMOTE = "../../remote"
 _CONFIG = """\
 [core]
     analytics = false
-    remote = local
-['remote "local"']
-    url = ../../remote
+    remote = shards
+['remote "shards"']
+    url = {url}
     verify = true
 """
 
@@ -53,30 +63,40 @@ def store(dataset: Path, info: DatasetInfo, *, workspace: Path, supplier: str, d
 
     The data is in the remote before the commit, and the commit is there before the tag: a killed run leaves nothing that looks whole.
 
+    With an origin the version is published before this returns, and made again on top of what others have published meanwhile.
+
     Raises:
-        EnvironmentFault: the registry or the remote cannot be written.
+        EnvironmentFault: the registry, the remote or the origin cannot be written.
     """
     with _locked(workspace) as registry:
-        if known := find(workspace, info.digest):
-            return known
-        _open(workspace)
-        place, tag = Path("datasets") / slug(supplier), f"{date}/{slug(supplier)}/{info.digest[:12]}"
-        (registry / "datasets").mkdir(exist_ok=True)
-        pointer, card = f"{place}.dvc", f"{place}.json"
-        _transfer(registry, dataset, place)
-        shutil.copyfile(dataset / INFO, registry / card)
-        _git(registry, "add", "--", pointer, card)
-        if _git(registry, "status", "--porcelain", "--untracked-files=no"):
-            _git(registry, "commit", "--quiet", "--message", f"Take in {info.num_images} images\n\ndigest: {info.digest}")
-        _git(registry, "tag", "--annotate", "--message", f"digest: {info.digest}", "--", tag)
-        return Version(_git(registry, "rev-parse", "HEAD"), tag)
+        for _ in range(ATTEMPTS):
+            _open(workspace)
+            stored = _find(registry, info.digest) or _commit(registry, dataset, info, supplier=supplier, date=date)
+            if _publish(registry, stored.tag):
+                return stored
+        raise EnvironmentFault(f"{registry}: others keep publishing to {_origin()}; run again")
+
+
+def _commit(registry: Path, dataset: Path, info: DatasetInfo, *, supplier: str, date: str) -> Version:
+    place, tag = Path("datasets") / slug(supplier), f"{date}/{slug(supplier)}/{info.digest[:12]}"
+    (registry / "datasets").mkdir(exist_ok=True)
+    pointer, card = f"{place}.dvc", f"{place}.json"
+    _transfer(registry, dataset, place)
+    shutil.copyfile(dataset / INFO, registry / card)
+    _git(registry, "add", "--", pointer, card)
+    if _git(registry, "status", "--porcelain", "--untracked-files=no"):
+        _git(registry, "commit", "--quiet", "--message", f"Take in {info.num_images} images\n\ndigest: {info.digest}")
+    _git(registry, "tag", "--annotate", "--message", f"digest: {info.digest}", "--", tag)
+    return Version(_git(registry, "rev-parse", "HEAD"), tag)
 
 
 def find(workspace: Path, digest: str) -> Version | None:
     """The version of the data set with this digest; None if the registry has none."""
-    registry = workspace / "registry"
-    if not (registry / ".git").is_dir():
-        return None
+    registry = _current(workspace)
+    return _find(registry, digest) if registry else None
+
+
+def _find(registry: Path, digest: str) -> Version | None:
     for tag in _git(registry, "tag", "--list", f"*/{digest[:12]}").splitlines():
         if _git(registry, "tag", "--list", "--format=%(contents:subject)", "--", tag) == f"digest: {digest}":
             return Version(_git(registry, "rev-parse", f"{tag}^{{commit}}"), tag)
@@ -89,8 +109,8 @@ def versions(workspace: Path) -> list[tuple[str, DatasetInfo]]:
     Raises:
         DataError: the registry's description of one is malformed.
     """
-    registry = workspace / "registry"
-    if not (registry / ".git").is_dir():
+    registry = _current(workspace)
+    if registry is None:
         return []
     found = []
     order = {commit: number for number, commit in enumerate(_git(registry, "rev-list", "--reverse", "--topo-order", "HEAD").splitlines())}
@@ -114,10 +134,10 @@ def fetch(tag: str, out: Path, *, workspace: Path) -> DatasetInfo:
     from dvc_objects.errors import ObjectDBError, ObjectFormatError
 
     damage = (DvcException, DataIndexError, DiskError, ObjectDBError, ObjectFormatError, FileNotFoundError, DataError)
-    registry = workspace / "registry"
-    told = _described(registry, tag) if _has(registry, tag) else None
-    if told is None:
-        raise DataError(f"{registry}: no data set is tagged {tag!r}; `cbd data list` shows all")
+    registry = _current(workspace)
+    told = _described(registry, tag) if registry and _has(registry, tag) else None
+    if registry is None or told is None:
+        raise DataError(f"{workspace / 'registry'}: no data set is tagged {tag!r}; `cbd data list` shows all")
     with replacing(out) as temporary:
         try:
             _dvc().get(str(registry), _place(registry, tag, told.digest), out=str(temporary), rev=tag)
@@ -165,16 +185,70 @@ def slug(supplier: str) -> str:
     return f"{safe or 'supplier'}-{hashlib.sha256(supplier.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
+def _current(workspace: Path) -> Path | None:
+    """The registry's folder, as new as its origin if it has one; None if there is none."""
+    registry = workspace / "registry"
+    if _origin():
+        with _locked(workspace):
+            _follow(registry)
+    return registry if (registry / ".git").is_dir() else None
+
+
+def _origin() -> str | None:
+    return os.environ.get(ORIGIN) or None
+
+
+def _follow(registry: Path) -> None:
+    """Makes the registry as new as its origin; without a registry it is cloned.
+
+    Raises:
+        EnvironmentFault: the origin is out of reach, or has gone another way.
+    """
+    origin = str(_origin())
+    if not (registry / ".git").is_dir():
+        _git(registry, "init", "--quiet", "--initial-branch=main")
+    known = _git(registry, "remote").splitlines()
+    _git(registry, "remote", *(("set-url", "origin") if "origin" in known else ("add", "origin")), "--", origin)
+    _git(registry, "fetch", "--quiet", "--tags", "--force", "origin")
+    if not _git(registry, "branch", "--remotes", "--list", "origin/main"):
+        return
+    try:
+        _git(registry, "merge", "--quiet", "--ff-only", "origin/main")
+    except EnvironmentFault:
+        raise EnvironmentFault(
+            f"{registry}: holds what {origin} does not, and the other way round; move it away, it is fetched again"
+        ) from None
+
+
+def _publish(registry: Path, tag: str) -> bool:
+    """Whether the origin, if there is one, has the version now; else it is taken back here, since others were faster."""
+    if not _origin():
+        return True
+    try:
+        _git(registry, "push", "--quiet", "--atomic", "origin", "main", f"refs/tags/{tag}")
+    except EnvironmentFault:
+        _git(registry, "fetch", "--quiet", "origin")
+        if not _git(registry, "rev-list", "--max-count=1", "HEAD..origin/main"):
+            raise
+        _git(registry, "tag", "--delete", tag)
+        _git(registry, "reset", "--quiet", "--hard", "origin/main")
+        return False
+    return True
+
+
 def _open(workspace: Path) -> None:
-    """Makes the registry and the remote if they are not there."""
-    registry, remote = workspace / "registry", workspace / "remote"
-    remote.mkdir(exist_ok=True)
+    """Makes the registry and the remote if they are not there, and follows the origin if there is one."""
+    registry, url = workspace / "registry", os.environ.get(REMOTE) or _LOCAL_REMOTE
+    if url == _LOCAL_REMOTE:
+        (workspace / "remote").mkdir(exist_ok=True)
+    if _origin():
+        _follow(registry)
     if not (registry / ".git").is_dir():
         _git(registry, "init", "--quiet", "--initial-branch=main")
     if _git(registry, "ls-files", "--", ".dvc/config"):
         return
     _dvc().init(str(registry), force=True).close()
-    (registry / ".dvc" / "config").write_text(_CONFIG)
+    (registry / ".dvc" / "config").write_text(_CONFIG.format(url=url))
     _git(registry, "add", "--", ".dvc/config", ".dvc/.gitignore", ".dvcignore")
     _git(registry, "commit", "--quiet", "--message", "Start the data registry")
 
@@ -222,7 +296,7 @@ def _has(registry: Path, tag: str) -> bool:
 
 def _git(registry: Path, *arguments: str) -> str:
     """What git prints, run in the registry without the user's configuration, hooks or environment."""
-    plain: dict[str, Any] = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    plain: dict[str, Any] = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or name in _PASSED}
     command = ["git", "-C", str(registry), "-c", "core.hooksPath=/dev/null", "-c", "core.quotePath=false", *arguments]
     try:
         done = subprocess.run(command, env=plain | _IDENTITY | _PLAIN, capture_output=True, text=True, check=True)

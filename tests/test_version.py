@@ -1,17 +1,21 @@
 """The data registry: real git, real DVC, and what an attacker of the remote or the supplier's name would try."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 from delivery_files import png
 
 from cbd.dataset import make_row, read_info, to_batches, write_dataset
 from cbd.errors import DataError, EnvironmentFault
-from components.registry import fetch, find, slug
+from components import registry as registry_module
+from components.registry import fetch, find, slug, versions
 from components.version import version
 
 
@@ -154,3 +158,95 @@ def test_an_unwritable_workspace_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "ws").write_text("a file")
     with pytest.raises(EnvironmentFault, match="cannot write .*registry"):
         version(make(tmp_path / "data"), workspace=str(tmp_path / "ws"), supplier="acme")
+
+
+@pytest.fixture
+def origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bare git repository and a folder for the shards that workspaces share."""
+    subprocess.run(["git", "init", "--quiet", "--bare", "--initial-branch=main", str(tmp_path / "origin.git")], check=True)
+    (tmp_path / "shards").mkdir()
+    monkeypatch.setenv("CBD_REGISTRY_GIT", str(tmp_path / "origin.git"))
+    monkeypatch.setenv("CBD_REGISTRY_REMOTE", str(tmp_path / "shards"))
+    return tmp_path / "origin.git"
+
+
+def test_workspaces_share_a_registry_by_its_origin(origin: Path, tmp_path: Path) -> None:
+    first = version(make(tmp_path / "one"), workspace=str(tmp_path / "ws1"), supplier="acme", date="2026-01-31")
+    assert git(origin, "tag", "--list") == first["tag"] and git(origin, "rev-parse", "main") == first["revision"]
+    second = version(make(tmp_path / "two", 100), workspace=str(tmp_path / "ws2"), supplier="beta", date="2026-02-01")
+    assert git(origin, "rev-parse", "main~1") == first["revision"]
+    assert [tag for tag, _ in versions(tmp_path / "ws1")] == [first["tag"], second["tag"]]
+    assert fetch(second["tag"], tmp_path / "out", workspace=tmp_path / "ws1") == read_info(tmp_path / "two")
+    assert fetch(first["tag"], tmp_path / "fresh", workspace=tmp_path / "ws3") == read_info(tmp_path / "one")
+    assert not (tmp_path / "ws1" / "remote").exists()
+
+
+def test_a_version_that_was_overtaken_is_made_again_on_top(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = version(make(tmp_path / "one"), workspace=str(tmp_path / "ws1"), supplier="acme", date="2026-01-31")
+    overtaken: list[str] = []
+
+    def commit(*arguments: Any, **named: Any) -> Any:
+        stored = registry_commit(*arguments, **named)
+        if not overtaken:
+            overtaken.append("now")
+            with monkeypatch.context() as patch:
+                patch.setattr(registry_module, "_commit", registry_commit)
+                overtaken[0] = version(make(tmp_path / "two", 100), workspace=str(tmp_path / "ws2"), supplier="acme", date="2026-02-01")[
+                    "tag"
+                ]
+        return stored
+
+    registry_commit = registry_module._commit
+    monkeypatch.setattr(registry_module, "_commit", commit)
+    third = version(make(tmp_path / "three", 200), workspace=str(tmp_path / "ws1"), supplier="acme", date="2026-02-02")
+    assert [tag for tag, _ in versions(tmp_path / "ws3")] == [first["tag"], overtaken[0], third["tag"]]
+    assert fetch(overtaken[0], tmp_path / "a", workspace=tmp_path / "ws1") == read_info(tmp_path / "two")
+    assert fetch(third["tag"], tmp_path / "b", workspace=tmp_path / "ws2") == read_info(tmp_path / "three")
+
+
+def test_a_run_killed_before_it_published_publishes_when_it_comes_again(
+    origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make(tmp_path / "one")
+    monkeypatch.setattr(registry_module, "_publish", lambda *_: True)
+    stored = version(data, workspace=str(tmp_path / "ws1"), supplier="acme", date="2026-01-31")
+    assert git(origin, "tag", "--list") == ""
+    monkeypatch.undo()
+    monkeypatch.setenv("CBD_REGISTRY_GIT", str(origin))
+    monkeypatch.setenv("CBD_REGISTRY_REMOTE", str(tmp_path / "shards"))
+    assert version(data, workspace=str(tmp_path / "ws1"), supplier="acme", date="2026-02-02") == stored
+    assert git(origin, "tag", "--list") == stored["tag"]
+
+
+def test_an_origin_that_is_out_of_reach_or_went_another_way_is_one_line(
+    origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version(make(tmp_path / "one"), workspace=str(tmp_path / "ws1"), supplier="acme", date="2026-01-31")
+    monkeypatch.setenv("CBD_REGISTRY_GIT", str(tmp_path / "none.git"))
+    with pytest.raises(EnvironmentFault, match="git fetch failed") as caught:
+        find(tmp_path / "ws1", "0" * 64)
+    assert "\n" not in str(caught.value)
+    monkeypatch.delenv("CBD_REGISTRY_GIT")
+    version(make(tmp_path / "two", 100), workspace=str(tmp_path / "ws2"), supplier="acme", date="2026-01-31")
+    monkeypatch.setenv("CBD_REGISTRY_GIT", str(origin))
+    with pytest.raises(EnvironmentFault, match="and the other way round; move it away"):
+        find(tmp_path / "ws2", "0" * 64)
+
+
+def test_shards_in_a_bucket_are_fetched_and_a_tampered_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (endpoint := os.environ.get("CBD_TEST_S3_ENDPOINT")):
+        pytest.skip("CBD_TEST_S3_ENDPOINT names no S3 server")
+    import boto3
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    client, bucket = boto3.session.Session().client("s3"), f"cbd-{uuid.uuid4().hex}"
+    client.create_bucket(Bucket=bucket)
+    monkeypatch.setenv("CBD_REGISTRY_REMOTE", f"s3://{bucket}/shards")
+    stored = version(make(tmp_path / "one"), workspace=str(tmp_path / "ws"), supplier="acme", date="2026-01-31")
+    assert fetch(stored["tag"], tmp_path / "out", workspace=tmp_path / "ws") == read_info(tmp_path / "one")
+    largest = max(client.list_objects_v2(Bucket=bucket)["Contents"], key=lambda item: item["Size"])["Key"]
+    body = client.get_object(Bucket=bucket, Key=largest)["Body"].read()
+    client.put_object(Bucket=bucket, Key=largest, Body=body[:-1] + b"x")
+    with pytest.raises(DataError, match="in the remote are missing or altered"):
+        fetch(stored["tag"], tmp_path / "again", workspace=tmp_path / "ws")
+    assert not (tmp_path / "again").exists()
