@@ -19,6 +19,8 @@ BELIEVED = math.log(2)
 MIN_SUSPECTS = 10
 AS_EASY = 0.95
 """Quantile of a group's losses up to which a sample is as easy as the group."""
+MIN_SEEDS = 50
+"""Smallest group that teaches a detector anything."""
 MAX_SHARE = 0.5
 """A larger group cannot be told from the honest samples without knowing which is which."""
 NUM_GROUPS = 4
@@ -150,6 +152,22 @@ def swallowed(separation: Separation, losses: Floats, labels: NDArray[np.int64])
     own_class = labels == np.bincount(labels[group]).argmax()
     as_easy: NDArray[np.bool_] = own_class & (losses <= np.quantile(losses[group], AS_EASY))
     return as_easy
+
+
+def teaches(separation: Separation, labels: NDArray[np.int64], patterns: Sequence[NDArray[np.int64]]) -> bool:
+    """Whether the group can teach a detector anything: it is large enough, of one class, and no pattern explains the most of it.
+
+    Args:
+        separation: by confounder and pilot.
+        labels: int64 [N], as given.
+        patterns: indices of the samples that carry each planted pattern.
+    """
+    group = separation.posterior > 0.5
+    if not separation.separated or group.sum() < MIN_SEEDS:
+        return False
+    one_class = (labels[group] == np.bincount(labels[group]).argmax()).mean() >= CONCENTRATED
+    explained = group[np.unique(np.concatenate(patterns))].sum() if patterns else 0
+    return bool(one_class and explained < 0.5 * group.sum())
 
 
 def crowded_classes(

@@ -50,11 +50,13 @@ def train_confounder(
             flown, curve = _fly(data, found, place=place, on_epoch=teller("train_confounder", curves, what="pilot"), common=common)
     progress("train_confounder", 0, 1, "looking for patterns that images of a class share")
     patterns = _patterns(data, found, flown, params=params)
+    separation, added = _group(data, found, flown, patterns, params=params)
     with replacing(out) as temporary:
         temporary.mkdir()
         _write(temporary, found, patterns, data=data, params=params)
-        separation = _write_separation(temporary, found, flown, patterns, curve, data=data, params=params)
-    return {"steps": found.steps, "separated": separation["separated"], "gap": separation["gap"], "suspects": separation["suspects"]}
+        views = {"separation": separation, "patterns": patterns, "added": added}
+        told = _write_separation(temporary, found, flown, curve, data=data, **views)
+    return {"steps": found.steps, "separated": told["separated"], "gap": told["gap"], "suspects": told["suspects"]}
 
 
 def _fly(data: Any, found: Any, *, place: Path, on_epoch: Any, common: dict[str, Any]) -> tuple[Any, list[dict[str, float]]]:
@@ -86,6 +88,31 @@ def _separate(found: Any, flown: Any, data: Any, *, seed: int) -> Any:
     return separate(*views, data.labels.cpu().numpy(), seed=seed)
 
 
+def _group(data: Any, found: Any, flown: Any, patterns: list[Any], *, params: Params) -> tuple[Any, int]:
+    """The separation with all that confounder, pilot and patterns found, and how many samples a detector added to it."""
+    import numpy as np
+    import torch
+
+    from cbd.detector import detect
+    from cbd.evidence import Separation, teaches, with_groups
+
+    labels = data.labels.cpu().numpy()
+    if flown is None:
+        return Separation(None, None, None, None, np.zeros(len(labels))), 0
+    separation = _separate(found, flown, data, seed=params.seed)
+    known = with_groups(separation, [(pattern.members, 1.0) for pattern in patterns])
+    if not teaches(separation, labels, [pattern.members for pattern in patterns]):
+        return known, 0
+
+    def told(done: int, of: int) -> None:
+        progress("train_confounder", done, of, "detector")
+
+    group = torch.from_numpy(separation.posterior > 0.5)
+    scores = detect(data.images, data.labels, group, params=params, told=told).numpy().astype(np.float64)
+    more = np.flatnonzero((scores > 0.5) & (known.posterior <= 0.5))
+    return with_groups(known, [(more, scores[more])] if len(more) else []), len(more)
+
+
 def _patterns(data: Any, found: Any, flown: Any, *, params: Params) -> list[Any]:
     """The planted patterns; none without a pilot, whose view a verdict on them needs."""
     from cbd.pattern import find_patterns
@@ -110,22 +137,17 @@ def _write(folder: Path, found: Any, patterns: list[Any], *, data: Any, params: 
 
 
 def _write_separation(
-    folder: Path, found: Any, flown: Any, patterns: list[Any], curve: list[dict[str, float]], *, data: Any, params: Params
+    folder: Path, found: Any, flown: Any, curve: list[dict[str, float]], *, data: Any, separation: Any, patterns: list[Any], added: int
 ) -> dict[str, Any]:
     """Writes what the views say of every sample and of all together; returns the latter."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from cbd.evidence import Separation, crowded_classes, histogram, with_groups
+    from cbd.evidence import crowded_classes, histogram, with_groups
 
     losses = found.losses.numpy().astype(np.float64)
-    if flown is None:
-        separation, seen = Separation(None, None, None, None, np.zeros(len(losses))), np.full(len(losses), np.nan)
-    else:
-        seen = flown.preferences.numpy().astype(np.float64)
-        separation = _separate(found, flown, data, seed=params.seed)
-    separation = with_groups(separation, [(pattern.members, 1.0) for pattern in patterns])
+    seen = np.full(len(losses), np.nan) if flown is None else flown.preferences.numpy().astype(np.float64)
     known, labels = separation.posterior > 0.5, data.labels.cpu().numpy()
     crowds = []
     if flown is not None:
@@ -141,6 +163,7 @@ def _write_separation(
         "gap": separation.gap,
         "share": separation.share,
         "suspects": int((separation.posterior > 0.5).sum()),
+        "added": added,
         "patterns": [_tell_pattern(number, pattern, names) for number, pattern in enumerate(patterns)],
         "crowds": [_tell_crowd(crowd, names) for crowd in crowds],
         "steps": found.steps,
