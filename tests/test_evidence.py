@@ -6,7 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cbd.evidence import Separation, crowded_classes, detection, isolation_weights, rank_samples, reversal, separate, swallowed, with_groups
+from cbd.evidence import (
+    Separation,
+    crowded_classes,
+    detection,
+    isolation_weights,
+    rank_samples,
+    reversal,
+    separate,
+    swallowed,
+    teaches,
+    with_groups,
+)
 
 
 def plane(poisoned: int) -> tuple[np.ndarray, np.ndarray]:
@@ -128,6 +139,17 @@ def test_a_pilot_that_no_longer_contradicts_most_of_the_group_must_do_without_wh
     assert without is not None and np.flatnonzero(without).tolist() == list(range(110, 200))
     assert swallowed(replace(found, joined=0.5), losses, labels) is None
     assert swallowed(Separation(False, 1.0, None, 0.0, np.zeros(300)), losses, labels) is None
+
+
+def test_a_group_teaches_a_detector_if_it_is_large_of_one_class_and_no_pattern_explains_it() -> None:
+    posterior, labels = np.zeros(300), np.repeat([0, 1, 2], 100)
+    posterior[:60] = 1.0
+    found = Separation(True, 1e-9, 3.0, 0.2, posterior)
+    assert teaches(found, labels, [])
+    assert teaches(found, labels, [np.arange(29)]) and not teaches(found, labels, [np.arange(20), np.arange(30)])
+    assert not teaches(replace(found, separated=False), labels, [])
+    assert not teaches(replace(found, posterior=np.where(np.arange(300) < 49, 1.0, 0.0)), labels, [])
+    assert not teaches(found, np.arange(300) % 3, [])
 
 
 def test_a_suspect_weighs_nothing() -> None:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_images
 
-from cbd import deconfounded
+from cbd import deconfounded, detector
 from cbd.attacks import make_attack
 from cbd.config import Confounder, Deconfounded, Gate, Model, Params
 from cbd.confounder import steps_asked, train_confounder
 from cbd.deconfounded import Evidence, learning_rate, second_look, train_deconfounded
+from cbd.detector import detect
 from cbd.evidence import isolation_weights, separate
 from cbd.models import make_model
 from cbd.pattern import find_patterns
@@ -207,6 +208,30 @@ def test_a_confounder_goes_on_while_it_learns_fast(losses: list[float], steps: i
     history = [{"step": 10.0 * (epoch + 1), "loss": loss} for epoch, loss in enumerate(losses)]
     assert steps_asked(history, Confounder(steps=steps, max_epochs=7), 10) == asked
     assert steps_asked(history, Confounder(steps=steps, max_epochs=7, until_slow=False), 10) == steps
+
+
+@pytest.mark.slow
+def test_a_detector_finds_the_rest_of_the_poison_by_a_part_of_it_and_leaves_the_honest_class_alone() -> None:
+    """Of 200 images of other classes with a white patch and the label 0, 60 are known; there are about 200 honest images of class 0."""
+    images, labels = bars(800, 5)
+    poison = torch.zeros(800, dtype=torch.bool)
+    poison[(labels != 0).nonzero().squeeze(1)[:200]] = True
+    images[poison] = torch.from_numpy(make_attack("badnets", pattern="white").stamp(images[poison].numpy()))
+    labels[poison] = 0
+    known = torch.zeros(800, dtype=torch.bool)
+    known[poison.nonzero().squeeze(1)[:60]] = True
+    steps: list[tuple[int, int]] = []
+    scores = detect(images, labels, known, params=params(), told=lambda done, of: steps.append((done, of)))
+    honest = (labels == 0) & ~poison
+    assert (scores[poison & ~known] > 0.5).float().mean() > 0.9 and (scores[honest] > 0.5).float().mean() < 0.1
+    assert not scores[labels != 0].any() and steps[0] == (0, 3) and steps[-1] == (3, 3)
+
+
+def test_a_detector_is_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detector, "STEPS", 3)
+    images, labels = bars(200, 5)
+    first, again = (detect(images, labels, labels == 0, params=params(), told=lambda done, of: None) for _ in range(2))
+    assert torch.equal(first, again) and first.any()
 
 
 def test_after_an_epoch_that_the_budget_cut_short_a_confounder_is_done() -> None:
