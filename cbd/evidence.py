@@ -171,7 +171,13 @@ def teaches(separation: Separation, labels: NDArray[np.int64], patterns: Sequenc
 
 
 def crowded_classes(
-    losses: Floats, logits: Floats, labels: NDArray[np.int64], *, known: NDArray[np.bool_], counts: NDArray[np.int64]
+    losses: Floats,
+    preferences: Floats,
+    logits: Floats,
+    labels: NDArray[np.int64],
+    *,
+    known: NDArray[np.bool_],
+    counts: NDArray[np.int64],
 ) -> list[Crowd]:
     """Classes that hold far more contradicted labels than any other, and which of their samples do not belong there.
 
@@ -180,11 +186,13 @@ def crowded_classes(
     other class (exact binomial test, for all classes at once). Its samples are then split in two by their losses. Honest hard classes are
     confused with each other, so that no single one stands out so far; labels that a supplier got wrong in one class do look like this.
     The pilot was held back from a class as large as the labels that it learned from made it. Where another view has set some of them
-    aside, the rest of the class gets back the log of what it was larger by; without that the honest rest would look contradicted.
+    aside, the rest of the class gets back the log of what it was larger by, in the pilot's last look; without that the honest rest would
+    look contradicted. In all other classes its running preference counts, which jumps less in a class of a few dozen images.
 
     Args:
         losses: float [N] > 0, the confounder's.
-        logits: float [N, K], the pilot's, without the log prior of the labels.
+        preferences: float [N] in [0, 1], the pilot's running ones.
+        logits: float [N, K], of the pilot's last look, without the log prior of the labels.
         labels: int64 [N], as given.
         known: bool [N], suspects of another view, which are left out.
         counts: int64 [K], how many labels of each class the pilot learned from.
@@ -195,7 +203,8 @@ def crowded_classes(
 
     num = np.bincount(labels[~known], minlength=logits.shape[1])
     probabilities = softmax(logits + np.log(counts.clip(1) / num.clip(1)), axis=1)
-    preferences = probabilities.max(1) - probabilities[np.arange(len(labels)), labels]
+    corrected = probabilities.max(1) - probabilities[np.arange(len(labels)), labels]
+    preferences = np.where((num == counts)[labels], preferences, corrected)
     contradicted = np.bincount(labels[~known & (preferences > CONTRADICTED)], minlength=len(num))
     shares = contradicted / num.clip(1)
     crowds = []

@@ -151,7 +151,7 @@ def _write_separation(
     known, labels = separation.posterior > 0.5, data.labels.cpu().numpy()
     crowds = []
     if flown is not None:
-        crowds = crowded_classes(losses, flown.logits.numpy().astype(np.float64), labels, known=known, counts=flown.counts.numpy())
+        crowds = crowded_classes(losses, seen, flown.logits.numpy().astype(np.float64), labels, known=known, counts=flown.counts.numpy())
     separation = with_groups(separation, [(crowd.members, crowd.posterior) for crowd in crowds])
     columns = {"sample_id": data.sample_ids, "confounder_loss": losses, "preference": seen, "posterior": separation.posterior}
     columns["doubted"] = np.isin(labels, [crowd.label for crowd in crowds]) & ~known
