@@ -57,6 +57,12 @@ def test_views_that_agree_or_know_nothing_of_each_other_show_no_reversal() -> No
     assert reversal(losses, np.exp(-losses)).log10_p_value < -100
 
 
+def preferred(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How far these logits prefer another class than the given label."""
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return probabilities.max(1) - probabilities[np.arange(len(labels)), labels]
+
+
 def crowd(contradicted: list[int], *, size: int = 200) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Classes of `size` samples, so many of each contradicted and hard."""
     labels = np.repeat(np.arange(len(contradicted)), size)
@@ -70,16 +76,26 @@ def crowd(contradicted: list[int], *, size: int = 200) -> tuple[np.ndarray, np.n
 def test_a_class_with_far_more_contradicted_labels_than_any_other_is_crowded_by_its_harder_samples() -> None:
     """60 of 200 against at most 10 of 200: the limit is 20 of 200, and P(X >= 60) for 200 at 0.1 is tiny."""
     losses, logits, labels = crowd([60, 10, 6, 10])
-    (found,) = crowded_classes(losses, logits, labels, known=np.zeros(800, bool), counts=np.bincount(labels))
+    (found,) = crowded_classes(losses, preferred(logits, labels), logits, labels, known=np.zeros(800, bool), counts=np.bincount(labels))
     assert found.label == 0 and found.members.tolist() == list(range(60)) and found.share == 0.3
     assert found.p_value == pytest.approx(4 * sum(math.comb(200, k) * 0.1**k * 0.9 ** (200 - k) for k in range(60, 201)), rel=1e-6)
 
 
 def test_a_hard_class_that_is_confused_with_another_is_not_crowded_and_neither_is_what_is_known_already() -> None:
     losses, logits, labels = crowd([60, 40, 6, 10])
-    assert crowded_classes(losses, logits, labels, known=np.zeros(800, bool), counts=np.bincount(labels)) == []
+    assert crowded_classes(losses, preferred(logits, labels), logits, labels, known=np.zeros(800, bool), counts=np.bincount(labels)) == []
     losses, logits, labels = crowd([60, 10, 6, 10])
-    assert crowded_classes(losses, logits, labels, known=np.arange(800) < 50, counts=np.bincount(labels)) == []
+    assert crowded_classes(losses, preferred(logits, labels), logits, labels, known=np.arange(800) < 50, counts=np.bincount(labels)) == []
+
+
+def test_a_last_look_that_jumps_in_a_small_class_hides_no_crowded_one() -> None:
+    """The running preferences contradict 60 of 200 labels against 10; the last look also 30 of another 40."""
+    losses, logits, labels = crowd([60, 10, 6, 0])
+    running, jumped = preferred(logits, labels), logits.copy()
+    labels = np.where((labels == 3) & (np.arange(800) >= 640), 2, labels)
+    jumped[600:630] = 3.0 * np.eye(4)[0]
+    (found,) = crowded_classes(losses, running, jumped, labels, known=np.zeros(800, bool), counts=np.bincount(labels))
+    assert found.label == 0
 
 
 def test_the_rest_of_a_class_that_was_swollen_by_known_poison_is_not_crowded() -> None:
@@ -90,8 +106,8 @@ def test_the_rest_of_a_class_that_was_swollen_by_known_poison_is_not_crowded() -
     logits[labels == 0, 1] = 1.0 + math.log(4)
     probabilities = np.exp(logits[399]) / np.exp(logits[399]).sum()
     assert probabilities.max() - probabilities[0] == pytest.approx(0.523, abs=0.001)
-    assert crowded_classes(losses, logits, labels, known=known, counts=np.bincount(labels)) == []
-    (found,) = crowded_classes(losses, logits, labels, known=np.zeros(1600, bool), counts=np.bincount(labels))
+    assert crowded_classes(losses, preferred(logits, labels), logits, labels, known=known, counts=np.bincount(labels)) == []
+    (found,) = crowded_classes(losses, preferred(logits, labels), logits, labels, known=np.zeros(1600, bool), counts=np.bincount(labels))
     assert found.label == 0 and found.share == 1.0
 
 
