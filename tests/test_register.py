@@ -275,7 +275,7 @@ def test_the_step_records_and_keeps_the_evidence(workspace: Path, make_evaluatio
     (workspace / "evidence" / "evidence.parquet").write_bytes(b"rows")
     paths = {"model": case.bundle, "decision": case.decision, "evidence": workspace / "evidence"}
     artifacts = {name: SimpleNamespace(path=str(path)) for name, path in paths.items()}
-    named = {"branch": "promote", "workspace": str(workspace), "name": "model", "run_id": "run-1", "revision": "abc"}
+    named = {"branch": "promote", "workspace": str(workspace), "name": "model", "run_id": "run-1", "revision": "abc", "base": "none"}
     register_step.python_func(records=str(workspace / "records"), **named, **artifacts)
     outputs = json.loads((workspace / "records" / "register.json").read_text())["outputs"]
     assert outputs["alias"] == "champion" and outputs["version"] == "1"
@@ -289,7 +289,7 @@ def test_a_failed_step_leaves_the_reason(workspace: Path, make_evaluation: Make)
     case = decided(workspace, make_evaluation, turned=WORKS)
     paths = {"model": case.bundle, "decision": case.decision, "evidence": case.bundle}
     artifacts = {name: SimpleNamespace(path=str(path)) for name, path in paths.items()}
-    named = {"branch": "promote", "workspace": str(workspace), "name": "model", "run_id": "run-1", "revision": "abc"}
+    named = {"branch": "promote", "workspace": str(workspace), "name": "model", "run_id": "run-1", "revision": "abc", "base": "none"}
     with pytest.raises(CbdError):
         register_step.python_func(records=str(workspace / "records"), **named, **artifacts)
     assert "demands the branch 'record'" in json.loads((workspace / "records" / "register.json").read_text())["error"]["message"]
