@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cbd.config import Params
 from cbd.models import make_model
-from cbd.training import augment, autocast, predict, set_learning_rate
+from cbd.training import augment, autocast, make_sgd, predict, set_learning_rate
 
 STEPS, BATCH_SIZE, LEARNING_RATE, CROP = 240, 128, 0.05, 2
 MAX_ROUNDS, GROWTH = 3, 1.1
@@ -28,7 +28,7 @@ def detect(images: Tensor, labels: Tensor, group: Tensor, *, params: Params, tol
         images: uint8 [N, 3, S, S] on the device to train on.
         labels: int64 [N], as given, on the same device.
         group: bool [N], of one class for the most part; what is not of that class is left out.
-        params: the seed and the section `model`.
+        params: the seed and the sections `model` and `confounder`.
         told: called with (detectors trained, detectors at most).
     """
     group = group.to(labels.device)
@@ -51,7 +51,7 @@ def _train(images: Tensor, members: Tensor, others: Tensor, *, params: Params, s
     generator = torch.Generator().manual_seed(seed)
     size = params.model.image_size
     model = make_model(params.model.architecture, num_classes=2, image_size=size, generator=generator).to(images.device).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    optimizer = make_sgd(model, params.confounder.model_copy(update={"learning_rate": LEARNING_RATE, "weight_decay": 5e-4}))
     half = BATCH_SIZE // 2
     wanted = torch.cat((torch.ones(half), torch.zeros(half))).long().to(images.device)
     pools = [mask.nonzero().squeeze(1) for mask in (members, others)]

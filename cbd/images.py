@@ -150,6 +150,13 @@ def sniff(data: bytes) -> str:
     raise Refused("not-an-image", "the content is no known image format")
 
 
+def encode_png(pixels: Pixels) -> bytes:
+    """The PNG bytes of pixels uint8 [H, W, 3]."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def pixel_digest(pixels: Pixels) -> str:
     """SHA-256 (hex) over height and width (two little-endian uint32) and the RGB bytes: equal for images that look the same."""
     digest = hashlib.sha256(struct.pack("<II", *pixels.shape[:2]))

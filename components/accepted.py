@@ -77,15 +77,19 @@ def read_earlier(workspace: Path, name: str, class_names: Sequence[str], out: Pa
     rejected = frozenset(map(bytes.fromhex, ruled.rejected_pixels()))
     rejected_ids = frozenset(sample for sample in ruled.of_file if ruled.rejects_file(sample))
     info, kept = _accepted(workspace, name, out, ruled)
+    back_again = ruled.released()
     relabelled = {
         ruling.pixel_digest
-        for ruling in ruled.released().values()
+        for ruling in back_again.values()
         if (old := kept.get(str(ruling.pixel_digest))) and ruling.label_name not in (None, old[0])
     }
     kept = {digest: image for digest, image in kept.items() if digest not in relabelled}
-    back = {sample for _, sample in kept.values()}
-    files = [held for held in quarantine.listed(workspace) if held.model == name and held.id in ruled.released() and held.id not in back]
-    files = [held for held in files if ruled.of_file[held.id].pixel_digest not in kept]
+    samples = {sample for _, sample in kept.values()}
+    files = [
+        held
+        for held in quarantine.listed(workspace, ruled)
+        if held.model == name and held.id in back_again and held.id not in samples and back_again[held.id].pixel_digest not in kept
+    ]
     return Earlier(
         out if info else None,
         info,
@@ -144,7 +148,8 @@ def _accepted(workspace: Path, name: str, out: Path, ruled: Rulings) -> tuple[Da
 def _released(workspace: Path, files: Sequence[Held], ruled: Rulings, class_names: Sequence[str]) -> Iterator[RawFile]:
     known = {held.id: held for held in files}
     for name, data in quarantine.read_bytes(workspace, known):
-        held, label = known[name], ruled.of_file[name].label_name or known[name].label_name
+        held = known[name]
+        label = ruled.of_file[name].label_name or held.label_name
         refusal = None if label in class_names else Refused("no-class", f"released as {label!r}, which is no class of the trusted set")
         yield RawFile(held.original_path, label, data, held.num_bytes, refusal, held.supplier)
 

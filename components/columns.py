@@ -25,7 +25,8 @@ MAX_PATCH_IMAGES, MAX_PIXELS = 50_000, 50_000_000
 def manifest_frame(dataset: Path, info: DatasetInfo, trusted_set: Path, trusted_info: DatasetInfo) -> Any:
     """The manifest as a pandas frame, with what the suite cannot compute added as columns."""
     frame = read_manifest(dataset).to_pandas()
-    trusted_digests = read_manifest(trusted_set)["pixel_digest"].to_pandas().value_counts()
+    trusted = read_manifest(trusted_set).to_pandas()
+    trusted_digests = trusted["pixel_digest"].value_counts()
     counts = frame["label"].value_counts()
     frame["label_is_known"] = frame["label"].between(0, len(info.class_names) - 1)
     frame["class_images"] = frame["label"].map(counts)
@@ -38,7 +39,7 @@ def manifest_frame(dataset: Path, info: DatasetInfo, trusted_set: Path, trusted_
     paths = [path if isinstance(path, str) else "" for path in frame["original_path"]]
     frame["extension_matches"] = [extension_matches(path, format) for path, format in zip(paths, frame["format"], strict=True)]
     frame["path_is_plain"] = [path.isprintable() for path in paths]
-    _add_lookalikes(frame, read_manifest(trusted_set).to_pandas())
+    _add_lookalikes(frame, trusted)
     frame["is_outlier"] = _is_outlier(frame["brightness"]) | _is_outlier(frame["entropy"])
     newest = frame["batch"].iloc[-1] if len(frame) else ""
     frame["class_drift"] = drift(frame["label"].to_numpy(), (frame["batch"] == newest).to_numpy())

@@ -86,9 +86,10 @@ def ingest(data: str, trusted: str, *, outputs: IngestPaths, params: Ingest, opt
         places.quarantine.mkdir()
         clean = _take_in(trusted, "trusted set", params, folder=places.quarantine, source=TRUSTED_SOURCE)
         class_names = _classes(clean[0], clean[1], trusted)
-        earlier = _earlier(options, class_names, places.quarantine / "accepted")
-        told: dict[str, Any] = {"folder": places.quarantine, "source": supplier, "limit": options.limit, "earlier": earlier}
-        intake, _ = _take_in(data, "delivery", params, **told)
+        model = registered_name(options.name, class_names)
+        earlier = _earlier(options, model, class_names, places.quarantine / "accepted")
+        folder, limit = places.quarantine, options.limit
+        intake, _ = _take_in(data, "delivery", params, folder=folder, source=supplier, limit=limit, earlier=earlier)
         _check_delivery(intake, earlier, class_names, data, params)
         keep, removed = _without_copies(clean[0], {*intake.digests, *earlier.labels}, params)
         write = functools.partial(write_dataset, class_names=class_names, shard_images=params.shard_images)
@@ -98,7 +99,7 @@ def ingest(data: str, trusted: str, *, outputs: IngestPaths, params: Ingest, opt
         info = _write_truth(places, info, options)
         summary = _write_summary(places.quarantine, intake, clean[0], removed)
         shutil.rmtree(places.quarantine / "accepted", ignore_errors=True)
-    nothing_new, model = None, registered_name(options.name, class_names)
+    nothing_new = None
     if options.workspace and not info.trial:
         about = {"run_id": options.run_id, "supplier": supplier, "model": model}
         keep_refused(outputs.quarantine / "quarantine.parquet", options.workspace, **about)
@@ -120,11 +121,11 @@ def ingest(data: str, trusted: str, *, outputs: IngestPaths, params: Ingest, opt
     }
 
 
-def _earlier(options: IngestOptions, class_names: list[str], out: Path) -> Earlier:
+def _earlier(options: IngestOptions, model: str, class_names: list[str], out: Path) -> Earlier:
     """What was accepted, rejected and released before; nothing without a workspace, or for a trial."""
     if options.workspace is None or options.poison.attack:
         return Earlier()
-    return read_earlier(options.workspace, registered_name(options.name, class_names), class_names, out)
+    return read_earlier(options.workspace, model, class_names, out)
 
 
 def _suppliers(earlier: Earlier, supplier: str, intake: Intake) -> str:

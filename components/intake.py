@@ -98,7 +98,8 @@ class Intake:
     @property
     def usable(self) -> int:
         """Files of the delivery itself that are accepted, or were with an earlier one."""
-        return int(self.kept().sum()) + len(self.known) - sum(1 for index in self.released if self.kept()[index] or index in self.known)
+        kept = self.kept()
+        return int(kept.sum()) + len(self.known) - sum(1 for index in self.released if kept[index] or index in self.known)
 
     def suppliers(self, supplier: str) -> set[str]:
         """Whom the accepted images came from; `supplier` delivered all that were not released."""

@@ -1,6 +1,5 @@
 """A poisoned copy of a data set, for trials and benchmarks, its ground truth kept apart."""
 
-import io
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from cbd.attacks.poisoning import Goal, choose_cover, choose_poison
 from cbd.config import AttackName, Poison
 from cbd.dataset import Row, Truth, make_row, read_info, read_manifest, read_rows, read_truth, to_batches, write_dataset, write_truth
 from cbd.errors import ConfigError, DataError
-from cbd.images import decode, resize
+from cbd.images import decode, encode_png, resize
 from components.records import progress
 
 CHUNK = 2048
@@ -125,14 +124,6 @@ class _Stamps:
             else:
                 stamped = self.attack.cover(images, seed=self.seed + members[0][0])
             for (index, row, _), pixels in zip(members, stamped, strict=True):
-                new = make_row(_png(pixels.transpose(1, 2, 0)), label=label, original_path=row.original_path, source=row.source)
+                new = make_row(encode_png(pixels.transpose(1, 2, 0)), label=label, original_path=row.original_path, source=row.source)
                 made[index] = new._replace(batch=row.batch)
         return made
-
-
-def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG")
-    return buffer.getvalue()

@@ -139,13 +139,17 @@ def send(dataset: Path, sample_ids: Sequence[str], workspace: Path, *, run_id: s
     return found
 
 
-def listed(workspace: Path) -> list[Held]:
+def listed(workspace: Path, known: Rulings | None = None) -> list[Held]:
     """Every refused file, the first seen first, without its bytes.
+
+    Args:
+        workspace: with the quarantine and the audit log.
+        known: what people decided; None: it is read from the log.
 
     Raises:
         DataError: the audit log was altered.
     """
-    ruled = rulings(workspace).of_file
+    ruled = (known or rulings(workspace)).of_file
     first: dict[str, dict[str, Any]] = {}
     labels: dict[str, set[str | None]] = {}
     for row in _rows(workspace, [name for name in COLUMNS.names if name != "image"]):

@@ -12,7 +12,6 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,18 +19,9 @@ from typing import Any, NamedTuple
 from cbd.dataset import INFO, DatasetInfo, verify_dataset
 from cbd.errors import DataError, EnvironmentFault
 from cbd.files import disk_fault, replacing
+from components.git import follow, git, origin, publish
 
-_IDENTITY = {
-    "GIT_AUTHOR_NAME": "cbd",
-    "GIT_AUTHOR_EMAIL": "cbd@localhost",
-    "GIT_COMMITTER_NAME": "cbd",
-    "GIT_COMMITTER_EMAIL": "cbd@localhost",
-}
-_PLAIN = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0"}
-
-_PASSED = ("GIT_SSH_COMMAND", "GIT_ASKPASS", "GIT_SSL_CAINFO")
-"""How git reaches an origin: of the user's environment only these count."""
-ORIGIN, REMOTE = "CBD_REGISTRY_GIT", "CBD_REGISTRY_REMOTE"
+REMOTE = "CBD_REGISTRY_REMOTE"
 ATTEMPTS = 5
 """At publishing a version, if others publish at the same time."""
 
@@ -72,9 +62,9 @@ def store(dataset: Path, info: DatasetInfo, *, workspace: Path, supplier: str, d
         for _ in range(ATTEMPTS):
             _open(workspace)
             stored = _find(registry, info.digest) or _commit(registry, dataset, info, supplier=supplier, date=date)
-            if _publish(registry, stored.tag):
+            if publish(registry, stored.tag):
                 return stored
-        raise EnvironmentFault(f"{registry}: others keep publishing to {_origin()}; run again")
+        raise EnvironmentFault(f"{registry}: others keep publishing to {origin()}; run again")
 
 
 def _commit(registry: Path, dataset: Path, info: DatasetInfo, *, supplier: str, date: str) -> Version:
@@ -83,11 +73,11 @@ def _commit(registry: Path, dataset: Path, info: DatasetInfo, *, supplier: str, 
     pointer, card = f"{place}.dvc", f"{place}.json"
     _transfer(registry, dataset, place)
     shutil.copyfile(dataset / INFO, registry / card)
-    _git(registry, "add", "--", pointer, card)
-    if _git(registry, "status", "--porcelain", "--untracked-files=no"):
-        _git(registry, "commit", "--quiet", "--message", f"Take in {info.num_images} images\n\ndigest: {info.digest}")
-    _git(registry, "tag", "--annotate", "--message", f"digest: {info.digest}", "--", tag)
-    return Version(_git(registry, "rev-parse", "HEAD"), tag)
+    git(registry, "add", "--", pointer, card)
+    if git(registry, "status", "--porcelain", "--untracked-files=no"):
+        git(registry, "commit", "--quiet", "--message", f"Take in {info.num_images} images\n\ndigest: {info.digest}")
+    git(registry, "tag", "--annotate", "--message", f"digest: {info.digest}", "--", tag)
+    return Version(git(registry, "rev-parse", "HEAD"), tag)
 
 
 def find(workspace: Path, digest: str) -> Version | None:
@@ -97,9 +87,9 @@ def find(workspace: Path, digest: str) -> Version | None:
 
 
 def _find(registry: Path, digest: str) -> Version | None:
-    for tag in _git(registry, "tag", "--list", f"*/{digest[:12]}").splitlines():
-        if _git(registry, "tag", "--list", "--format=%(contents:subject)", "--", tag) == f"digest: {digest}":
-            return Version(_git(registry, "rev-parse", f"{tag}^{{commit}}"), tag)
+    for tag in git(registry, "tag", "--list", f"*/{digest[:12]}").splitlines():
+        if git(registry, "tag", "--list", "--format=%(contents:subject)", "--", tag) == f"digest: {digest}":
+            return Version(git(registry, "rev-parse", f"{tag}^{{commit}}"), tag)
     return None
 
 
@@ -113,12 +103,12 @@ def versions(workspace: Path) -> list[tuple[str, DatasetInfo]]:
     if registry is None:
         return []
     found = []
-    order = {commit: number for number, commit in enumerate(_git(registry, "rev-list", "--reverse", "--topo-order", "HEAD").splitlines())}
-    tags = [line.split() for line in _git(registry, "tag", "--list", "--format=%(*objectname) %(refname:short)").splitlines()]
+    order = {commit: number for number, commit in enumerate(git(registry, "rev-list", "--reverse", "--topo-order", "HEAD").splitlines())}
+    tags = [line.split() for line in git(registry, "tag", "--list", "--format=%(*objectname) %(refname:short)").splitlines()]
     for _, tag in sorted((pair for pair in tags if len(pair) == 2), key=lambda pair: order.get(pair[0], -1)):
         with contextlib.suppress(OlderVersion):
-            if (info := _described(registry, tag)) is not None:
-                found.append((tag, info))
+            if (described := _described(registry, tag)) is not None:
+                found.append((tag, described[1]))
     return found
 
 
@@ -135,12 +125,13 @@ def fetch(tag: str, out: Path, *, workspace: Path) -> DatasetInfo:
 
     damage = (DvcException, DataIndexError, DiskError, ObjectDBError, ObjectFormatError, FileNotFoundError, DataError)
     registry = _current(workspace)
-    told = _described(registry, tag) if registry and _has(registry, tag) else None
-    if registry is None or told is None:
+    found = _described(registry, tag) if registry and tag in git(registry, "tag", "--list").splitlines() else None
+    if registry is None or found is None:
         raise DataError(f"{workspace / 'registry'}: no data set is tagged {tag!r}; `cbd data list` shows all")
+    place, told = found
     with replacing(out) as temporary:
         try:
-            _dvc().get(str(registry), _place(registry, tag, told.digest), out=str(temporary), rev=tag)
+            _dvc().get(str(registry), place, out=str(temporary), rev=tag)
             info = verify_dataset(temporary)
         except damage as error:
             text = " ".join(str(error).split())[:200].replace(str(temporary), "")
@@ -150,26 +141,26 @@ def fetch(tag: str, out: Path, *, workspace: Path) -> DatasetInfo:
     return info
 
 
-def _described(registry: Path, tag: str) -> DatasetInfo | None:
-    """The description of the data set under `tag`; None if the tag is of something else."""
-    message = _git(registry, "tag", "--list", "--format=%(contents:subject)", "--", tag)
+def _described(registry: Path, tag: str) -> tuple[str, DatasetInfo] | None:
+    """Path and description of the data set under `tag`; None if the tag is of something else."""
+    message = git(registry, "tag", "--list", "--format=%(contents:subject)", "--", tag)
     digest = message.removeprefix("digest: ")
     place = _place(registry, tag, digest)
     if place is None:
         return None
-    text = _git(registry, "show", f"refs/tags/{tag}:{place}.json")
+    text = git(registry, "show", f"refs/tags/{tag}:{place}.json")
     if '"schema_version": 1' in text or '"schema_version":1' in text:
         raise OlderVersion(f"{tag}: was written by an older version; start a new --workspace and take its deliveries in again")
     try:
-        return DatasetInfo.model_validate_json(text)
+        return place, DatasetInfo.model_validate_json(text)
     except ValueError as error:
         raise DataError(f"{registry}: {place}.json under {tag} is malformed: {str(error).splitlines()[0]}; restore the registry") from None
 
 
 def _place(registry: Path, tag: str, digest: str) -> str | None:
     """Path of the data set with this digest under `tag`, without an ending."""
-    for name in _git(registry, "ls-tree", "--name-only", f"refs/tags/{tag}", "datasets/").splitlines():
-        if name.endswith(".json") and f'"{digest}"' in _git(registry, "show", f"refs/tags/{tag}:{name}"):
+    for name in git(registry, "ls-tree", "--name-only", f"refs/tags/{tag}", "datasets/").splitlines():
+        if name.endswith(".json") and f'"{digest}"' in git(registry, "show", f"refs/tags/{tag}:{name}"):
             return name.removesuffix(".json")
     return None
 
@@ -188,52 +179,10 @@ def slug(supplier: str) -> str:
 def _current(workspace: Path) -> Path | None:
     """The registry's folder, as new as its origin if it has one; None if there is none."""
     registry = workspace / "registry"
-    if _origin():
+    if origin():
         with _locked(workspace):
-            _follow(registry)
+            follow(registry)
     return registry if (registry / ".git").is_dir() else None
-
-
-def _origin() -> str | None:
-    return os.environ.get(ORIGIN) or None
-
-
-def _follow(registry: Path) -> None:
-    """Makes the registry as new as its origin; without a registry it is cloned.
-
-    Raises:
-        EnvironmentFault: the origin is out of reach, or has gone another way.
-    """
-    origin = str(_origin())
-    if not (registry / ".git").is_dir():
-        _git(registry, "init", "--quiet", "--initial-branch=main")
-    known = _git(registry, "remote").splitlines()
-    _git(registry, "remote", *(("set-url", "origin") if "origin" in known else ("add", "origin")), "--", origin)
-    _git(registry, "fetch", "--quiet", "--tags", "--force", "origin")
-    if not _git(registry, "branch", "--remotes", "--list", "origin/main"):
-        return
-    try:
-        _git(registry, "merge", "--quiet", "--ff-only", "origin/main")
-    except EnvironmentFault:
-        raise EnvironmentFault(
-            f"{registry}: holds what {origin} does not, and the other way round; move it away, it is fetched again"
-        ) from None
-
-
-def _publish(registry: Path, tag: str) -> bool:
-    """Whether the origin, if there is one, has the version now; else it is taken back here, since others were faster."""
-    if not _origin():
-        return True
-    try:
-        _git(registry, "push", "--quiet", "--atomic", "origin", "main", f"refs/tags/{tag}")
-    except EnvironmentFault:
-        _git(registry, "fetch", "--quiet", "origin")
-        if not _git(registry, "rev-list", "--max-count=1", "HEAD..origin/main"):
-            raise
-        _git(registry, "tag", "--delete", tag)
-        _git(registry, "reset", "--quiet", "--hard", "origin/main")
-        return False
-    return True
 
 
 def _open(workspace: Path) -> None:
@@ -241,16 +190,16 @@ def _open(workspace: Path) -> None:
     registry, url = workspace / "registry", os.environ.get(REMOTE) or _LOCAL_REMOTE
     if url == _LOCAL_REMOTE:
         (workspace / "remote").mkdir(exist_ok=True)
-    if _origin():
-        _follow(registry)
+    if origin():
+        follow(registry)
     if not (registry / ".git").is_dir():
-        _git(registry, "init", "--quiet", "--initial-branch=main")
-    if _git(registry, "ls-files", "--", ".dvc/config"):
+        git(registry, "init", "--quiet", "--initial-branch=main")
+    if git(registry, "ls-files", "--", ".dvc/config"):
         return
     _dvc().init(str(registry), force=True).close()
     (registry / ".dvc" / "config").write_text(_CONFIG.format(url=url))
-    _git(registry, "add", "--", ".dvc/config", ".dvc/.gitignore", ".dvcignore")
-    _git(registry, "commit", "--quiet", "--message", "Start the data registry")
+    git(registry, "add", "--", ".dvc/config", ".dvc/.gitignore", ".dvcignore")
+    git(registry, "commit", "--quiet", "--message", "Start the data registry")
 
 
 def _transfer(registry: Path, dataset: Path, place: Path) -> None:
@@ -288,21 +237,3 @@ def _dvc() -> Any:
 
     logging.getLogger("dvc").setLevel(logging.WARNING)
     return Repo
-
-
-def _has(registry: Path, tag: str) -> bool:
-    return bool((registry / ".git").is_dir() and tag in _git(registry, "tag", "--list").splitlines())
-
-
-def _git(registry: Path, *arguments: str) -> str:
-    """What git prints, run in the registry without the user's configuration, hooks or environment."""
-    plain: dict[str, Any] = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or name in _PASSED}
-    command = ["git", "-C", str(registry), "-c", "core.hooksPath=/dev/null", "-c", "core.quotePath=false", *arguments]
-    try:
-        done = subprocess.run(command, env=plain | _IDENTITY | _PLAIN, capture_output=True, text=True, check=True)
-    except FileNotFoundError:
-        raise EnvironmentFault("git is not installed; the data registry needs it: install git") from None
-    except subprocess.CalledProcessError as error:
-        text = " ".join((error.stderr or error.stdout).split())[:160]
-        raise EnvironmentFault(f"{registry}: git {arguments[0]} failed: {text}; mend or remove the registry") from None
-    return done.stdout.strip()

@@ -45,22 +45,26 @@ def train_confounder(
             on_epoch=teller("train_confounder", curves, what="confounder"),
             **common,
         )
-        flown, curve = None, []
+        flown, separation, curve = None, None, []
         if params.confounder.pilot:
-            flown, curve = _fly(data, found, place=place, on_epoch=teller("train_confounder", curves, what="pilot"), common=common)
+            told = teller("train_confounder", curves, what="pilot")
+            flown, separation, curve = _fly(data, found, place=place, on_epoch=told, common=common)
     progress("train_confounder", 0, 1, "looking for patterns that images of a class share")
     patterns = _patterns(data, found, flown, params=params)
-    separation, added = _group(data, found, flown, patterns, params=params)
+    separation, added = _group(data, separation, patterns, params=params)
     with replacing(out) as temporary:
         temporary.mkdir()
         _write(temporary, found, patterns, data=data, params=params)
         views = {"separation": separation, "patterns": patterns, "added": added}
-        told = _write_separation(temporary, found, flown, curve, data=data, **views)
-    return {"steps": found.steps, "separated": told["separated"], "gap": told["gap"], "suspects": told["suspects"]}
+        written = _write_separation(temporary, found, flown, curve, data=data, **views)
+    return {"steps": found.steps} | {name: written[name] for name in ("separated", "gap", "suspects")}
 
 
-def _fly(data: Any, found: Any, *, place: Path, on_epoch: Any, common: dict[str, Any]) -> tuple[Any, list[dict[str, float]]]:
-    """The pilot and what it knew after each epoch; one that has learned the trigger itself flies again without what it must judge."""
+def _fly(data: Any, found: Any, *, place: Path, on_epoch: Any, common: dict[str, Any]) -> tuple[Any, Any, list[dict[str, float]]]:
+    """The pilot, whether it and the confounder tell a group apart, and what it knew after each epoch.
+
+    One that has learned the trigger itself flies again without what it must judge.
+    """
     import numpy as np
     import torch
 
@@ -70,12 +74,13 @@ def _fly(data: Any, found: Any, *, place: Path, on_epoch: Any, common: dict[str,
     about = {"steps": found.steps, "on_epoch": on_epoch, **common}
     flown = train_pilot(data.images, data.labels, found.losses, checkpoint=place / "pilot.safetensors", **about)
     history = flown.history
-    told = _separate(found, flown, data, seed=common["params"].seed)
-    if (without := swallowed(told, found.losses.numpy().astype(np.float64), data.labels.cpu().numpy())) is not None:
+    separation = _separate(found, flown, data, seed=common["params"].seed)
+    if (without := swallowed(separation, found.losses.numpy().astype(np.float64), data.labels.cpu().numpy())) is not None:
         again = {"checkpoint": place / "pilot-again.safetensors", "without": torch.from_numpy(without)}
         flown = train_pilot(data.images, data.labels, found.losses, **again, **about)
+        separation = _separate(found, flown, data, seed=common["params"].seed)
         history = [*history, *({**row, "step": found.steps + row["step"]} for row in flown.history)]
-    return flown, [{"step": row["step"], "evidence": row["evidence"]} for row in history]
+    return flown, separation, [{"step": row["step"], "evidence": row["evidence"]} for row in history]
 
 
 def _separate(found: Any, flown: Any, data: Any, *, seed: int) -> Any:
@@ -88,8 +93,8 @@ def _separate(found: Any, flown: Any, data: Any, *, seed: int) -> Any:
     return separate(*views, data.labels.cpu().numpy(), seed=seed)
 
 
-def _group(data: Any, found: Any, flown: Any, patterns: list[Any], *, params: Params) -> tuple[Any, int]:
-    """The separation with all that confounder, pilot and patterns found, and how many samples a detector added to it."""
+def _group(data: Any, separation: Any, patterns: list[Any], *, params: Params) -> tuple[Any, int]:
+    """The separation by confounder and pilot with all that patterns found, and how many samples a detector added; without a pilot none."""
     import numpy as np
     import torch
 
@@ -97,9 +102,8 @@ def _group(data: Any, found: Any, flown: Any, patterns: list[Any], *, params: Pa
     from cbd.evidence import Separation, teaches, with_groups
 
     labels = data.labels.cpu().numpy()
-    if flown is None:
+    if separation is None:
         return Separation(None, None, None, None, np.zeros(len(labels))), 0
-    separation = _separate(found, flown, data, seed=params.seed)
     known = with_groups(separation, [(pattern.members, 1.0) for pattern in patterns])
     if not teaches(separation, labels, [pattern.members for pattern in patterns]):
         return known, 0
@@ -144,7 +148,8 @@ def _write_separation(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from cbd.evidence import crowded_classes, histogram, with_groups
+    from cbd.crowds import crowded_classes
+    from cbd.evidence import histogram, with_groups
 
     losses = found.losses.numpy().astype(np.float64)
     seen = np.full(len(losses), np.nan) if flown is None else flown.preferences.numpy().astype(np.float64)

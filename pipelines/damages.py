@@ -1,7 +1,6 @@
 """The ways in which the demo's damaged files are damaged: what a real delivery holds, and what an attacker would try."""
 
 import hashlib
-import io
 import struct
 import zlib
 from collections.abc import Callable
@@ -10,16 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cbd.images import encode_png
+
 Pixels = NDArray[np.uint8]
-
-
-def encode_png(pixels: Pixels) -> bytes:
-    """The PNG bytes of pixels uint8 [H, W, 3]."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _truncated_png(stem: Path, pixels: Pixels) -> None:

@@ -16,7 +16,8 @@ from cbd.config import Params
 from cbd.dataset import Truth, write_truth
 from cbd.errors import EnvironmentFault
 from cbd.files import replacing
-from pipelines.damages import DAMAGES, HONEST_DAMAGES, encode_png
+from cbd.images import encode_png
+from pipelines.damages import DAMAGES, HONEST_DAMAGES
 
 NUM_TRUSTED_PER_CLASS = 70
 POISON_RATE = 0.1

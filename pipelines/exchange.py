@@ -25,7 +25,8 @@ def backdoorbench(
     record: Path, clean: str, out: Path, as_json: bool, attack: str | None, trigger: dict[str, Any] | None, **options: Any
 ) -> int:
     """RECORD, the folder of an attack of BackdoorBench with `bd_train_dataset`; its pickled results are never opened."""
-    from components.exchange import UNKNOWN, import_backdoorbench
+    from components.backdoorbench import import_backdoorbench
+    from components.exchange import UNKNOWN
     from pipelines.launch import check_uri
 
     check_uri("--clean", clean)
@@ -78,7 +79,7 @@ def export_group() -> None:
 @as_json
 def to_backdoorbench(dataset: Path, truth: Path, out: Path, as_json: bool) -> int:
     """DATASET in BackdoorBench's layout."""
-    from components.exchange import export_backdoorbench
+    from components.backdoorbench import export_backdoorbench
 
     return tell(export_backdoorbench(dataset, truth, new_place(out)), as_json, f"cbd import backdoorbench {out} --clean CLEAN --out AGAIN")
 

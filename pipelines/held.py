@@ -141,11 +141,12 @@ def _counts(images: list[tuple[str, str, str]]) -> dict[str, Any]:
 def _whole(name: str, run_dir: Path) -> str:
     """The sample id that begins so in the run's data set."""
     from cbd.dataset import read_manifest
+    from components.quarantine import MIN_ID
 
     hits = [
         sample for sample in read_manifest(find_artifact(run_dir, "ingest", "dataset"))["sample_id"].to_pylist() if sample.startswith(name)
     ]
-    if len(name) < 8 or len(hits) != 1:
+    if len(name) < MIN_ID or len(hits) != 1:
         raise DataError(
             f"{name!r}: {len(hits)} images of run {run_dir.name} have a sample id that begins so; `cbd suspects {run_dir.name}` lists them"
         )

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from cbd.images import encode_png
 from pipelines import cli
-from pipelines.damages import encode_png
 
 PARAMS = "gate: {min_clean_accuracy: 0.5}\n"
 

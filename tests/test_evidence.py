@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cbd.crowds import crowded_classes
 from cbd.evidence import (
     Separation,
-    crowded_classes,
     detection,
     isolation_weights,
     rank_samples,

@@ -13,7 +13,8 @@ from delivery_files import LIMITS, encode, pixels, places, png, write_classes
 
 from cbd.config import Poison
 from cbd.dataset import read_manifest, read_truth
-from components.exchange import UNKNOWN, export_backdoorbench, import_backdoorbench
+from components.backdoorbench import export_backdoorbench, import_backdoorbench
+from components.exchange import UNKNOWN
 from components.ingest import IngestOptions, ingest
 from components.poison import poison
 from pipelines import cli

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from cbd.errors import CbdError
+from cbd.images import encode_png
 from components.records import read_records
 from pipelines import cli, launch, local, outcome
-from pipelines.damages import encode_png
 from pipelines.demo import load_scans
 from pipelines.progress import STEPS
 

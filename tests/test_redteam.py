@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from cbd.bundle import read_card
+from cbd.config import Params
 from cbd.errors import ConfigError
+from cbd.images import encode_png
 from pipelines import cli, redteam, redteam_row, redteam_table
-from pipelines.damages import encode_png
 from pipelines.demo import load_scans
 from pipelines.options import load, split
 
@@ -187,6 +188,17 @@ def test_medians_are_over_seeds_and_the_worst_excess_is_named() -> None:
     assert (cells["seeds"], cells["excess_asr"], cells["worst"], cells["ca"]) == ("3", "1.0 %", "5.0 %", "-")
 
 
+def stage_one(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, Params]:
+    """The clean data set and the parameters of a confounder that this trains into `tmp_path`."""
+    from components.train_confounder import train_confounder
+
+    run(place, capsys, "--attacks", "clean", "--presets", "none")
+    (taken_in,) = (place / "out").glob("taken-in-*")
+    params = load(params_path=place / "params.yaml", preset=None)
+    train_confounder(taken_in / "dataset", tmp_path / "confounder", params=params, checkpoints=tmp_path / "checkpoints")
+    return taken_in / "dataset", params
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("torch_one_thread")
 def test_stage_two_starts_anew_with_other_evidence_on_the_same_confounder(
@@ -194,16 +206,13 @@ def test_stage_two_starts_anew_with_other_evidence_on_the_same_confounder(
 ) -> None:
     import pyarrow as pa
 
-    from components.train_confounder import train_confounder
     from components.train_deconfounded import train_deconfounded
 
-    run(place, capsys, "--attacks", "clean", "--presets", "none")
-    (taken_in,) = (place / "out").glob("taken-in-*")
-    common: dict[str, Any] = {"params": load(params_path=place / "params.yaml", preset=None), "checkpoints": tmp_path / "checkpoints"}
-    train_confounder(taken_in / "dataset", tmp_path / "confounder", **common)
+    dataset, params = stage_one(place, tmp_path, capsys)
+    common: dict[str, Any] = {"params": params, "checkpoints": tmp_path / "checkpoints"}
     made = [
         train_deconfounded(
-            taken_in / "dataset", tmp_path / "confounder", model=tmp_path / name / "model", evidence=tmp_path / name / "evidence", **common
+            dataset, tmp_path / "confounder", model=tmp_path / name / "model", evidence=tmp_path / name / "evidence", **common
         )["model_digest"]
         for name in ("first", "again")
     ]
@@ -212,7 +221,7 @@ def test_stage_two_starts_anew_with_other_evidence_on_the_same_confounder(
     changed = losses.set_column(column, "posterior", pa.array(np.arange(len(losses)) % 2, pa.float64()))
     pq.write_table(changed, tmp_path / "confounder" / "losses.parquet")
     other = train_deconfounded(
-        taken_in / "dataset", tmp_path / "confounder", model=tmp_path / "other/model", evidence=tmp_path / "other/evidence", **common
+        dataset, tmp_path / "confounder", model=tmp_path / "other/model", evidence=tmp_path / "other/evidence", **common
     )
     assert made[0] == made[1] != other["model_digest"]
 
@@ -222,13 +231,9 @@ def test_stage_two_starts_anew_with_other_evidence_on_the_same_confounder(
 def test_where_nothing_separates_stage_two_is_plain_training_and_otherwise_it_is_not(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from components.train_confounder import train_confounder
     from components.train_deconfounded import train_deconfounded
 
-    run(place, capsys, "--attacks", "clean", "--presets", "none")
-    (taken_in,) = (place / "out").glob("taken-in-*")
-    params = load(params_path=place / "params.yaml", preset=None)
-    train_confounder(taken_in / "dataset", tmp_path / "confounder", params=params, checkpoints=tmp_path / "checkpoints")
+    dataset, params = stage_one(place, tmp_path, capsys)
     told = json.loads((tmp_path / "confounder" / "separation.json").read_text())
 
     def weights(*, separated: bool, mi_weight: float) -> str:
@@ -236,7 +241,7 @@ def test_where_nothing_separates_stage_two_is_plain_training_and_otherwise_it_is
         changed = params.model_copy(update={"deconfounded": params.deconfounded.model_copy(update={"mi_weight": mi_weight})})
         out = tmp_path / f"{separated} {mi_weight}"
         places = {"model": out / "model", "evidence": out / "evidence", "checkpoints": out / "checkpoints"}
-        train_deconfounded(taken_in / "dataset", tmp_path / "confounder", params=changed, **places)
+        train_deconfounded(dataset, tmp_path / "confounder", params=changed, **places)
         return read_card(out / "model").weights_sha256
 
     assert told["suspects"] == 0

@@ -208,7 +208,7 @@ def test_a_run_killed_before_it_published_publishes_when_it_comes_again(
     origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = make(tmp_path / "one")
-    monkeypatch.setattr(registry_module, "_publish", lambda *_: True)
+    monkeypatch.setattr(registry_module, "publish", lambda *_: True)
     stored = version(data, workspace=str(tmp_path / "ws1"), supplier="acme", date="2026-01-31")
     assert git(origin, "tag", "--list") == ""
     monkeypatch.undo()
