@@ -96,6 +96,8 @@ def import_torchvision(name: str, root: Path, out: Path, *, split: str) -> dict[
     if name not in TORCHVISION:
         more = "; its files are pickled, take a Parquet copy" if name.startswith("CIFAR") else ""
         raise ConfigError(f"{name}: expected one of {', '.join(TORCHVISION)}{more}")
+    if pickles := sorted(path for path in (root / name).rglob("*") if path.suffix in PICKLES):
+        raise DataError(f"{pickles[0]}: is pickled, and is never opened; remove it, the data set is read from its own files")
     import inspect
 
     from torchvision import datasets

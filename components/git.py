@@ -29,7 +29,8 @@ def git(folder: Path, *arguments: str) -> str:
     except FileNotFoundError:
         raise EnvironmentFault("git is not installed; the data registry needs it: install git") from None
     except subprocess.CalledProcessError as error:
-        text = " ".join((error.stderr or error.stdout).split())[:160]
+        text = " ".join((error.stderr or error.stdout).split())
+        text = (text.replace(url, "the origin") if (url := origin()) else text)[:160]  # it may hold a token
         raise EnvironmentFault(f"{folder}: git {arguments[0]} failed: {text}; mend or remove the registry") from None
     return done.stdout.strip()
 
@@ -57,7 +58,7 @@ def follow(registry: Path) -> None:
         git(registry, "merge", "--quiet", "--ff-only", "origin/main")
     except EnvironmentFault:
         raise EnvironmentFault(
-            f"{registry}: holds what {url} does not, and the other way round; move it away, it is fetched again"
+            f"{registry}: holds what its origin does not, and the other way round; move it away, it is fetched again"
         ) from None
 
 

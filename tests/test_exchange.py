@@ -189,3 +189,11 @@ def test_a_data_set_of_torchvision_is_read_from_its_files_and_one_with_pickles_i
     place = (*place[:2], "--out", str(tmp_path / "other"))
     code, _, err = cbd(capsys, "import", "torchvision", "CIFAR10", *place)
     assert code == 2 and "its files are pickled, take a Parquet copy" in err
+
+
+def test_a_legacy_file_of_torchvision_is_a_pickle_and_is_never_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "root" / "MNIST" / "processed").mkdir(parents=True)
+    for name in ("training.pt", "test.pt"):
+        (tmp_path / "root" / "MNIST" / "processed" / name).write_bytes(b"\x80\x04cos\nsystem\n")
+    code, _, err = cbd(capsys, "import", "torchvision", "MNIST", "--root", str(tmp_path / "root"), "--out", str(tmp_path / "out"))
+    assert code == 2 and "test.pt: is pickled, and is never opened" in err and not (tmp_path / "out").exists()
