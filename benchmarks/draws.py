@@ -53,6 +53,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=0, help="only the first so many training images; 0 for all")
     parser.add_argument("--num-classes", type=int, default=10, help="targets are drawn from so many")
     parser.add_argument("--draws", type=int, default=20, help="how many")
+    parser.add_argument("--first-draw", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="of the deconfounded model and the one to compare with")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
@@ -60,13 +61,14 @@ def main() -> int:
     known = json.loads(arguments.out.read_text()) if arguments.out.is_file() else []
     rows = {row["draw"]: row for row in known}
     try:
-        for number in range(arguments.draws):
+        numbers = range(arguments.first_draw, arguments.first_draw + arguments.draws)
+        for number in numbers:
             rows[number] = measure(number, arguments, known)
             write_json(arguments.out, list(rows.values()))
     except CbdError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    told = [rows[number] for number in range(arguments.draws)]
+    told = [rows[number] for number in numbers]
     print(table(SHOWN, [row | row["trigger"] for row in told]))
     print(f"\n{sum(row['held'] for row in told)} of {len(told)} held")
     return 0
