@@ -218,20 +218,25 @@ def _gap(losses: Floats, preferences: Floats, group: NDArray[np.bool_]) -> float
     return round(float(inside.mean() - outside.mean()) / max(pooled, 1e-9), 3)
 
 
-def rank_samples(posterior: Floats, losses: Floats, preferences: Floats, final_losses: Floats) -> NDArray[np.int64]:
+def rank_samples(
+    posterior: Floats, losses: Floats, preferences: Floats, final_losses: Floats, labels: NDArray[np.int64]
+) -> NDArray[np.int64]:
     """int64 [N]: rank of every sample, 0 the most suspicious.
 
-    First those whose posterior is 1 (shared patterns, whose labels may be true), then by the sum of the log odds of the posterior and of
+    First those whose posterior is 1 (shared patterns, whose labels may be true), then by the sum of the log odds of the posterior, of
     1 - p_c, where p_c = exp(-final loss) is how far the deconfounded model, which was trained without the suspects, believes the label
-    after all; ties by exp(-loss) * preference.
+    after all, and of the mean posterior of all that have the same label: who found some poison in a class expects the rest there. Ties by
+    exp(-loss) * preference.
 
     Args:
         posterior: float [N] in [0, 1]; of doubted samples 1/2.
         losses: float [N] > 0, the confounder's.
         preferences: float [N] in [0, 1], the pilot's.
         final_losses: float [N] >= 0, the deconfounded model's.
+        labels: int64 [N] >= 0, as given.
     """
-    doubt = np.where(posterior == 1, np.inf, _log_odds(posterior) + _log_odds(1 - np.exp(-final_losses)))
+    of_class = np.bincount(labels, posterior) / np.bincount(labels).clip(1)
+    doubt = np.where(posterior == 1, np.inf, _log_odds(posterior) + _log_odds(1 - np.exp(-final_losses)) + _log_odds(of_class)[labels])
     order = np.lexsort((-np.exp(-losses) * preferences, -doubt))
     ranks = np.empty(len(order), np.int64)
     ranks[order] = np.arange(len(order))

@@ -115,14 +115,15 @@ def _write_evidence(path: Path, trained: Any, views: dict[str, Any], data: Loade
     final_losses, weights = (values.numpy().astype(np.float64) for values in (trained.final_losses, trained.sample_weights))
     posterior, preferences = np.where(views["doubted"], 0.5, views["posterior"]), np.nan_to_num(views["preference"], nan=1.0)
     suspect = np.where(views["doubted"], final_losses > BELIEVED, posterior > 0.5)
+    labels = data.labels.cpu().numpy()
     table = {
         "sample_id": data.sample_ids,
-        "label": data.labels.cpu().numpy(),
+        "label": labels,
         "predicted": trained.predicted.numpy(),
         "confounder_loss": views["confounder_loss"],
         "final_loss": final_losses,
         "sample_weight": weights,
-        "rank": rank_samples(posterior, views["confounder_loss"], preferences, final_losses),
+        "rank": rank_samples(posterior, views["confounder_loss"], preferences, final_losses, labels),
         "suspect": suspect,
     }
     pq.write_table(pa.table(table), path, compression="zstd")

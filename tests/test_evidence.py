@@ -122,11 +122,12 @@ def test_groups_of_other_views_are_added_to_a_separation() -> None:
 def test_a_poisoned_group_is_told_apart_without_its_rate() -> None:
     for poisoned in (30, 100, 300):
         losses, preferences = plane(poisoned)
-        found = separate(losses, preferences, losses, given(len(losses), poisoned=poisoned), seed=0)
+        labels = given(len(losses), poisoned=poisoned)
+        found = separate(losses, preferences, losses, labels, seed=0)
         truth = np.arange(900 + poisoned) >= 900
         assert found.separated
         assert ((found.posterior > 0.5) == truth).mean() > 0.98
-        scores = -rank_samples(found.posterior, losses, preferences, np.full(len(losses), 2.0)).astype(float)
+        scores = -rank_samples(found.posterior, losses, preferences, np.full(len(losses), 2.0), labels).astype(float)
         measured = detection(scores, truth)
         assert measured is not None
         assert measured["auroc"] > 0.99
@@ -175,7 +176,16 @@ def test_a_suspect_weighs_nothing() -> None:
 def test_suspects_whose_label_the_final_model_believes_rank_behind_the_others() -> None:
     """Odds of posterior and of 1 - p_c: 9 * 1/9 = 1, 4 * 9 = 36, 1/999 twice (ties by preference), 1 * 9 = 9, and a posterior of 1."""
     posterior, final = np.array([0.9, 0.8, 0.0, 0.0, 0.5, 1.0]), -np.log([0.9, 0.1, 0.5, 0.5, 0.1, 0.99])
-    assert rank_samples(posterior, np.ones(6), np.array([0.1, 0.1, 0.2, 0.3, 0.1, 0.1]), final).tolist() == [3, 1, 5, 4, 2, 0]
+    preferences = np.array([0.1, 0.1, 0.2, 0.3, 0.1, 0.1])
+    assert rank_samples(posterior, np.ones(6), preferences, final, np.zeros(6, int)).tolist() == [3, 1, 5, 4, 2, 0]
+
+
+def test_of_samples_equally_doubted_those_of_a_class_with_suspects_rank_first() -> None:
+    """Mean posteriors 0.5 and 0.2, odds 1 and 1/4: with odds of the samples of 1/4, 4, 1/4 and 1/4, sums of 1/4, 4, 1/16 and 1/16."""
+    posterior, even = np.array([0.2, 0.8, 0.2, 0.2]), np.full(4, -np.log(0.5))
+    preferences = np.array([0.0, 0.0, 0.1, 0.2])
+    assert rank_samples(posterior, np.ones(4), preferences, even, np.array([0, 0, 1, 1])).tolist() == [1, 0, 3, 2]
+    assert rank_samples(posterior, np.ones(4), preferences, even, np.zeros(4, int)).tolist() == [3, 0, 2, 1]
 
 
 def test_a_trigger_that_was_learned_late_separates_by_the_last_losses() -> None:
