@@ -1,9 +1,13 @@
-"""Decoding in worker processes with limits of memory and time: an image that crashes or hangs a decoder costs itself, not the run."""
+"""Decoding in worker processes with limits of memory and time: an image that crashes or hangs a decoder costs itself, not the run.
+
+The workers are of this machine, or of the Ray cluster that `CBD_RAY_ADDRESS` names.
+"""
 
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, TimeoutError
+from dataclasses import dataclass
 from functools import cache
 
 from pebble import ProcessExpired, ProcessPool
@@ -11,13 +15,16 @@ from pebble import ProcessExpired, ProcessPool
 from cbd.config import Ingest
 from cbd.dataset import Row, look_at
 from cbd.images import Refused, looks_of
-from components.parallel import in_order, num_cores
+from components.parallel import Pending, in_order, num_cores
 from components.rawfiles import RawFile
 
+CLUSTER = "CBD_RAY_ADDRESS"
 CHUNK_FILES, CHUNK_BYTES = 64, 4 * 2**20
 BYTES_PER_PIXEL, SPARE_BYTES = 24, 256 * 2**20
 """What a worker may use beyond what it starts with: RGBA, its copy over white and the result, twice; and room for the decoders."""
 Outcome = Row | Refused
+Asked = list[tuple[bytes, str]]
+"""The bytes of images and their paths."""
 
 
 def decode_files(files: Iterable[RawFile], *, source: str, limits: Ingest) -> Iterator[tuple[RawFile, Row | None]]:
@@ -27,17 +34,78 @@ def decode_files(files: Iterable[RawFile], *, source: str, limits: Ingest) -> It
         files: those that were refused already, or have no data, pass through.
         source: the supplier.
         limits: of pixels and seconds.
+
+    Raises:
+        EnvironmentFault: a cluster is named that cannot be used.
     """
-    pool = _pool(limits.max_pixels)
-    for chunk, future in in_order(lambda chunk: _schedule(pool, chunk, source, limits), _chunks(files), ahead=2 * num_cores()):
-        yield from _finish(pool, chunk, future, source, limits)
+    if address := os.environ.get(CLUSTER):
+        from components.cluster import schedule_on
+
+        schedule, workers = schedule_on(address)
+    else:
+        schedule, workers = schedule_here, num_cores()
+
+    def start(chunk: list[RawFile]) -> Pending[list[Outcome]]:
+        return schedule([(file.data or b"", file.original_path) for file in chunk if _readable(file)], source, limits)
+
+    for chunk, pending in in_order(start, _chunks(files), ahead=2 * workers):
+        outcomes = iter(pending.result())
+        for file in chunk:
+            outcome = next(outcomes) if _readable(file) else None
+            if isinstance(outcome, Refused):
+                yield file._replace(refusal=outcome), None
+            else:
+                yield file, outcome and outcome._replace(data=file.data or b"", source=file.released_from or source)
+
+
+def schedule_here(asked: Asked, source: str, limits: Ingest, *, workers: int | None = None) -> "Decoding":
+    """Starts the decoding of images by worker processes of this machine, by default as many as cores."""
+    pool = _pool(limits.max_pixels, workers or num_cores())
+    return Decoding(pool, asked, source, limits, _start(pool, asked, source, limits))
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """Images that are being decoded."""
+
+    pool: ProcessPool
+    asked: Asked
+    source: str
+    limits: Ingest
+    future: "Future[list[Outcome]]"
+
+    def result(self) -> list[Outcome]:
+        """The outcome of every image, without its bytes; if they did not come back whole, each is tried alone."""
+        try:
+            return self.future.result()
+        except (ProcessExpired, TimeoutError, MemoryError):
+            return [self._alone(image) for image in self.asked]
+
+    def cancel(self) -> object:
+        """Stops it."""
+        return self.future.cancel()
+
+    def _alone(self, image: tuple[bytes, str]) -> Outcome:
+        try:
+            return _start(self.pool, [image], self.source, self.limits).result()[0]
+        except TimeoutError:
+            return Refused("decoder-hung", f"not decoded after {self.limits.decode_seconds:g} s")
+        except (ProcessExpired, MemoryError) as error:
+            code = getattr(error, "exitcode", None)
+            return Refused(
+                "decoder-crashed", f"the decoder ended with code {code}" if code is not None else "the decoder ran out of memory"
+            )
+
+
+def _start(pool: ProcessPool, asked: Asked, source: str, limits: Ingest) -> "Future[list[Outcome]]":
+    return pool.schedule(_rows, args=(asked, source, limits.max_pixels), timeout=limits.decode_seconds)
 
 
 @cache
-def _pool(max_pixels: int) -> ProcessPool:
+def _pool(max_pixels: int, workers: int) -> ProcessPool:
     """The workers of this process, started on first use and ended with it."""
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of running threads
-    return ProcessPool(num_cores(), initializer=_limit_memory, initargs=(max_pixels,), context=context)
+    return ProcessPool(workers, initializer=_limit_memory, initargs=(max_pixels,), context=context)
 
 
 def _chunks(files: Iterable[RawFile]) -> Iterator[list[RawFile]]:
@@ -53,45 +121,11 @@ def _chunks(files: Iterable[RawFile]) -> Iterator[list[RawFile]]:
         yield chunk
 
 
-def _schedule(pool: ProcessPool, chunk: list[RawFile], source: str, limits: Ingest) -> "Future[list[Outcome]]":
-    asked = [(file.data, file.original_path) for file in chunk if _readable(file)]
-    return pool.schedule(_rows, args=(asked, source, limits.max_pixels), timeout=limits.decode_seconds)
-
-
-def _finish(
-    pool: ProcessPool, chunk: list[RawFile], future: "Future[list[Outcome]]", source: str, limits: Ingest
-) -> Iterator[tuple[RawFile, Row | None]]:
-    """The outcomes of a chunk; if it did not come back whole, each of its files is tried alone."""
-    try:
-        outcomes = iter(future.result())
-    except (ProcessExpired, TimeoutError, MemoryError):
-        outcomes = iter([_alone(pool, file, source, limits) for file in chunk if _readable(file)])
-    for file in chunk:
-        if not _readable(file):
-            yield file, None
-            continue
-        outcome = next(outcomes)
-        if isinstance(outcome, Refused):
-            yield file._replace(refusal=outcome), None
-        else:
-            yield file, outcome._replace(data=file.data or b"", source=file.released_from or source)
-
-
-def _alone(pool: ProcessPool, file: RawFile, source: str, limits: Ingest) -> Outcome:
-    try:
-        return _schedule(pool, [file], source, limits).result()[0]
-    except TimeoutError:
-        return Refused("decoder-hung", f"not decoded after {limits.decode_seconds:g} s")
-    except (ProcessExpired, MemoryError) as error:
-        code = getattr(error, "exitcode", None)
-        return Refused("decoder-crashed", f"the decoder ended with code {code}" if code is not None else "the decoder ran out of memory")
-
-
 def _readable(file: RawFile) -> bool:
     return file.refusal is None and file.data is not None and file.label_name is not None
 
 
-def _rows(asked: list[tuple[bytes, str]], source: str, max_pixels: int) -> list[Outcome]:
+def _rows(asked: Asked, source: str, max_pixels: int) -> list[Outcome]:
     """In the worker: a row without its bytes for every image, which the caller has already."""
     outcomes: list[Outcome] = []
     places, glances = [], []

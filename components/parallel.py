@@ -3,11 +3,19 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Told = TypeVar("Told", covariant=True)
+
+
+class Pending(Protocol[Told]):
+    """What is under way, such as a `Future`."""
+
+    def result(self) -> Told: ...
+
+    def cancel(self) -> object: ...
 
 
 def num_cores() -> int:
@@ -15,9 +23,9 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_order(submit: Callable[[Item], Future[Result]], items: Iterable[Item], *, ahead: int) -> Iterator[tuple[Item, Future[Result]]]:
-    """Every item with its future, in the order of the items; at most `ahead` of them are under way, and the rest are not taken yet."""
-    waiting: deque[tuple[Item, Future[Result]]] = deque()
+def in_order(submit: Callable[[Item], Pending[Result]], items: Iterable[Item], *, ahead: int) -> Iterator[tuple[Item, Pending[Result]]]:
+    """Every item with what is pending for it, in the order of the items; at most `ahead` are under way, the rest are not taken yet."""
+    waiting: deque[tuple[Item, Pending[Result]]] = deque()
     try:
         for item in items:
             waiting.append((item, submit(item)))
@@ -26,5 +34,5 @@ def in_order(submit: Callable[[Item], Future[Result]], items: Iterable[Item], *,
         while waiting:
             yield waiting.popleft()
     finally:
-        for _, future in waiting:
-            future.cancel()
+        for _, pending in waiting:
+            pending.cancel()
