@@ -11,6 +11,7 @@ from cbd.errors import CbdError
 from cbd.files import replacing, write_json
 from components.pages import View, delivery, measured, measures, provenance, render
 from components.pages.text import clip, count, percent
+from components.pages.validation import validation
 from components.records import kfp_component, step
 from components.summary import Run, read_run, summarise
 
@@ -26,7 +27,7 @@ SECTIONS: dict[str, Callable[[Run], View]] = {
     "totals": delivery.totals,
     "quarantine": delivery.quarantine,
     "classes": delivery.classes,
-    "validation": delivery.validation,
+    "validation": validation,
     "identities": provenance.identities,
     "packages": provenance.packages,
     "parameters": provenance.parameters,

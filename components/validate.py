@@ -17,13 +17,18 @@ from cbd.dataset import verify_dataset
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file, write_json
 from components.columns import add_patches, manifest_frame
+from components.pages.validation import page
 from components.records import kfp_component
 
+PAGE = "validation.html"
+EXAMPLES = 12
+MEAN, MAX = "expect_column_mean_to_be_between", "expect_column_max_to_be_between"
 SUITE = Path(__file__).parent.parent / "data" / "suites" / "delivery.json"
 
 
 def validate(dataset: Path, out: Path, *, trusted_set: Path, limits: Validation) -> dict[str, Any]:
-    """Whether the data set passed, with one sentence per critical failure and per warning; the whole goes to `out/validation.json`.
+    """Whether the data set passed, with one sentence per critical failure and per warning; the whole goes to `out/validation.json`
+    and, with the first images that each finding is about, to the page `out/validation.html`.
 
     An altered shard is a critical failure: then nothing else is looked at.
 
@@ -34,6 +39,7 @@ def validate(dataset: Path, out: Path, *, trusted_set: Path, limits: Validation)
         info, trusted_info = verify_dataset(dataset), verify_dataset(trusted_set)
     except DataError as error:
         checks = [{"name": "shards_match_description", "column": None, "severity": "critical", "success": False, "sentence": str(error)}]
+        checks[0]["examples"] = []
         digests: dict[str, Any] = {"data_digest": None, "trusted_digest": None, "num_images": None}
         patches = []
     else:
@@ -44,12 +50,12 @@ def validate(dataset: Path, out: Path, *, trusted_set: Path, limits: Validation)
     failed = {kind: [c["sentence"] for c in checks if not c["success"] and c["severity"] == kind] for kind in ("critical", "warning")}
     result = {"passed": not failed["critical"], "critical": failed["critical"], "warnings": failed["warning"]}
     suite = {"name": SUITE.stem, "sha256": sha256_file(SUITE)}
+    written = {"schema_version": 1, **result, "checks": checks, "patches": patches, "suite": suite, **digests}
     with replacing(out) as temporary:
         temporary.mkdir()
-        write_json(
-            temporary / "validation.json", {"schema_version": 1, **result, "checks": checks, "patches": patches, "suite": suite, **digests}
-        )
-    return result | {"num_checks": len(checks), "paths": {"validation": str(out)}}
+        write_json(temporary / "validation.json", written)
+        (temporary / PAGE).write_text(page(written, dataset), encoding="utf-8")
+    return result | {"num_checks": len(checks), "paths": {"validation": str(out), "page": str(out / PAGE)}}
 
 
 def _run_suite(frame: Any, limits: Validation) -> list[dict[str, Any]]:
@@ -65,9 +71,27 @@ def _run_suite(frame: Any, limits: Validation) -> list[dict[str, Any]]:
     batch = asset.add_batch_definition_whole_dataframe("all").get_batch({"dataframe": frame})
     values = json.loads(SUITE.read_text())
     suite = gx.ExpectationSuite(name=values["name"], expectations=values["expectations"], meta=values["meta"])
-    found = batch.validate(suite, expectation_parameters=limits.model_dump()).results
+    found = batch.validate(suite, expectation_parameters=limits.model_dump(), result_format="SUMMARY").results
     results = {result.expectation_config.meta["sentence"]: result for result in found}
-    return [_check(item, results[item["meta"]["sentence"]], limits) for item in values["expectations"]]
+    return [
+        _check(item, result, limits) | {"examples": _examples(item, result, frame, limits)}
+        for item, result in ((item, results[item["meta"]["sentence"]]) for item in values["expectations"])
+    ]
+
+
+def _examples(expectation: dict[str, Any], result: Any, frame: Any, limits: Validation) -> list[str]:
+    """Sample ids of images that a failed expectation is about: the first that it names, or of each class some that are over its limit."""
+    column, kind = expectation["kwargs"].get("column"), expectation["type"]
+    if result.success or column not in frame:
+        return []
+    if (places := result.result.get("partial_unexpected_index_list")) is not None:
+        found = frame.loc[places[:EXAMPLES]]
+    elif kind in (MEAN, MAX):
+        over = frame[frame[column] > (getattr(limits, expectation["kwargs"]["max_value"]["$PARAMETER"]) if kind == MAX else 0)]
+        found = over.groupby("label").head(max(1, EXAMPLES // max(1, over["label"].nunique()))).head(EXAMPLES)
+    else:
+        return []
+    return [sample for sample in found["sample_id"] if isinstance(sample, str)]
 
 
 def _check(expectation: dict[str, Any], result: Any, limits: Validation) -> dict[str, Any]:

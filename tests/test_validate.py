@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -46,6 +47,12 @@ def sets(tmp_path: Path) -> Sets:
     trusted = [row(9000 + i, i % 2) for i in range(4)]
     write_dataset(tmp_path / "trusted", to_batches(trusted), class_names=NAMES, supplier="trusted")
     return Sets(tmp_path, [row(i, i % 2) for i in range(50)], list(NAMES))
+
+
+def checks_of(sets: Sets) -> list[dict[str, Any]]:
+    """What the last validation wrote of each check."""
+    checks: list[dict[str, Any]] = json.loads((sets.folder / "validation" / "validation.json").read_text())["checks"]
+    return checks
 
 
 def test_a_clean_data_set_passes_without_a_word(sets: Sets) -> None:
@@ -216,6 +223,8 @@ def test_a_patch_that_one_class_alone_carries_is_named_with_its_place(sets: Sets
     (patch,) = json.loads((sets.folder / "validation" / "validation.json").read_text())["patches"]
     assert (patch["class_name"], patch["share"], patch["elsewhere"], patch["num_images"]) == ("ant", 0.4, 0.0, 50)
     assert patch["place"] == "bottom left, 2 and 2 pixels from the edges"
+    (check,) = [check for check in checks_of(sets) if check["column"] == "repeated_patch"]
+    assert check["examples"] == [row.sample_id for row in rows if row.label == 0][:12]
 
 
 def test_a_patch_that_all_classes_carry_is_none() -> None:
@@ -253,3 +262,22 @@ def test_images_far_darker_than_the_others_are_told(sets: Sets) -> None:
     assert sets.validate()["warnings"] == [
         "images are far darker, brighter, flatter or noisier than the others (0.02, validation.max_outliers is 0.01)"
     ]
+
+
+def test_the_page_shows_the_images_that_a_finding_is_about_and_loads_nothing(sets: Sets) -> None:
+    sets.rows[0] = sets.rows[0]._replace(mode="CMYK", original_path="ant/<script>alert(1)</script>.png")
+    sets.validate()
+    examples = {check["sentence"]: check["examples"] for check in checks_of(sets) if check["examples"]}
+    assert examples["1 of 50 images: the pixels were neither RGB nor 8-bit grey and were converted"] == [sets.rows[0].sample_id]
+    page = (sets.folder / "validation" / "validation.html").read_text()
+    assert page.count('<img src="data:image/png;base64,') == sum(map(len, examples.values())) and "ant/&lt;script&gt;" in page
+    assert "<script" not in page and "http" not in page.replace("http-equiv", "") and "Passed" in page
+
+
+def test_the_page_of_an_altered_data_set_says_so_and_shows_no_image(sets: Sets) -> None:
+    sets.validate()
+    shard = next((sets.folder / "data").glob("*.parquet"))
+    shard.write_bytes(shard.read_bytes() + b"x")
+    told = validate(sets.folder / "data", sets.folder / "again", trusted_set=sets.folder / "trusted", limits=sets.limits)
+    page = (sets.folder / "again" / "validation.html").read_text()
+    assert not told["passed"] and "Refused" in page and shard.name in page and "<img" not in page

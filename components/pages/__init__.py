@@ -20,9 +20,9 @@ HERE = Path(__file__).parent
 _FAULTS = (CbdError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, pa.ArrowException)
 
 
-def render(view: View) -> str:
+def render(view: View, template: str = "page.html.j2") -> str:
     """The page as one string: everything escaped, nothing loaded from elsewhere."""
-    return _template().render(view, style=Markup((HERE / "style.css").read_text()))
+    return _template(template).render(view, style=Markup((HERE / "style.css").read_text()))
 
 
 def measured(build: Callable[[Run], View], run: Run) -> View:
@@ -45,9 +45,9 @@ def absent(run: Run, step: str, thing: str) -> DataError:
 
 
 @functools.cache
-def _template() -> Template:
+def _template(name: str) -> Template:
     loader = FileSystemLoader(HERE)
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, finalize=visible, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -133,22 +132,6 @@ def classes(run: Run) -> View:
     return {"rows": rows, "more": max(0, len(info.class_names) - CLASSES), "sizes": sizes, "supplier": clip(info.supplier)}
 
 
-def validation(run: Run) -> View:
-    """What validation found: critical failures stop the run, warnings are only told."""
-    outputs = run.outputs("validate")
-    if not outputs:
-        raise absent(run, "validate", "result")
-    told = {key: [_finding(item) for item in outputs.get(key) or []] for key in ("critical", "warnings")}
-    written = run.artifact("validate", "validation", "validation.json")
-    rows = [_check_row(check) for check in written.get("checks") or []]
-    patches = [
-        {"class_name": clip(patch["class_name"], 60), "share": percent(patch["share"]), "elsewhere": percent(patch["elsewhere"])}
-        | {"num_images": count(patch["num_images"]), "place": clip(patch["place"], 80)}
-        for patch in written.get("patches") or []
-    ]
-    return {"passed": outputs.get("passed") is True, "checks": rows, "patches": patches} | told
-
-
 def _dataset(run: Run) -> Path:
     path = run.path("ingest", "dataset")
     if path is None or not path.is_dir():
@@ -177,20 +160,3 @@ def _card(row: dict[str, Any], names: tuple[str, ...], *, picture: str | None, r
 def _hits(cards: list[View]) -> str | None:
     known = [card["role"] for card in cards if card["role"]]
     return of(known.count("poison"), len(known)) if known else None
-
-
-def _check_row(check: dict[str, Any]) -> View:
-    found, total = check.get("unexpected_count"), check.get("num_images")
-    style = "pass" if check["success"] else "block" if check["severity"] == "critical" else "review"
-    observed = of(found, total) if found is not None else number(check.get("observed"))
-    result = "passed" if check["success"] else check["severity"]
-    return {"column": check["column"] or "the table", "kind": check["name"].replace("_", " "), "observed": observed} | {
-        "limit": number(check.get("limit")),
-        "result": result,
-        "style": style,
-    }
-
-
-def _finding(item: Any) -> str:
-    told = item.get("sentence") if isinstance(item, dict) else item
-    return clip(told if isinstance(told, str) else json.dumps(item, ensure_ascii=False, sort_keys=True), 300)
