@@ -1,6 +1,7 @@
-"""The data registry: a git repository with DVC pointers and a remote for the shards. The only module that knows DVC.
+"""The data registry: versions of data sets in a git repository, whose shards lie in a remote.
 
-DVC's hashes are MD5, so they only find what was damaged by accident; `dataset.json`, committed beside each pointer, holds SHA-256.
+`dataset.json`, committed beside each pointer to shards, holds their SHA-256. Data sets of suppliers, trusted sets and poisoned copies have
+folders and tags of their own: no supplier's name makes a delivery look like another kind.
 
 By default both lie in the workspace. `CBD_REGISTRY_GIT` names a git repository that the registry is cloned from and pushed to, and
 `CBD_REGISTRY_REMOTE` the address of the shards (s3://bucket/prefix), for workspaces that share them.
@@ -9,36 +10,53 @@ By default both lie in the workspace. `CBD_REGISTRY_GIT` names a git repository 
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from cbd.dataset import INFO, DatasetInfo, verify_dataset
+from cbd.dataset import INFO, DatasetInfo, read_truth, verify_dataset
 from cbd.errors import DataError, EnvironmentFault
-from cbd.files import disk_fault, replacing
+from cbd.files import disk_fault, replacing, sha256_file, write_json
 from components.git import follow, git, origin, publish
+from components.shard_store import bring, send, start, told_as_damage
 
 REMOTE = "CBD_REGISTRY_REMOTE"
+TRUTH = ".truth"
+"""Added to the path of a poisoned copy: what is known of it."""
 ATTEMPTS = 5
 """At publishing a version, if others publish at the same time."""
-
-# The remote is named relative to the file's folder, so that a workspace may be moved. Without `verify` DVC checks out tampered objects.
-_LOCAL_REMOTE = "../../remote"
-_CONFIG = """\
-[core]
-    analytics = false
-    remote = shards
-['remote "shards"']
-    url = {url}
-    verify = true
-"""
 
 
 class OlderVersion(DataError):
     """A data set whose format is no longer read."""
+
+
+class Place(NamedTuple):
+    """Where in the registry a data set belongs."""
+
+    path: str
+    """In the repository, without an ending."""
+    tag: str
+    """Before the first 12 digits of the digest."""
+
+
+def of_delivery(supplier: str, date: str) -> Place:
+    """The place of data sets from a supplier: what was taken in, for training."""
+    return Place(f"datasets/{slug(supplier)}", f"{date}/{slug(supplier)}")
+
+
+def of_trusted_set(date: str) -> Place:
+    """The place of trusted sets."""
+    return Place("trusted/set", f"trusted/{date}")
+
+
+def of_poisoned_copy(attack: str, date: str) -> Place:
+    """The place of copies that were poisoned on purpose, each with its truth."""
+    return Place(f"poisoned/{slug(attack)}", f"poison@{slug(attack)}/{date}")
 
 
 class Version(NamedTuple):
@@ -48,8 +66,8 @@ class Version(NamedTuple):
     tag: str
 
 
-def store(dataset: Path, info: DatasetInfo, *, workspace: Path, supplier: str, date: str) -> Version:
-    """The version under which the data set now lies in the workspace's registry, its shards in the remote.
+def store(dataset: Path, info: DatasetInfo, place: Place, *, workspace: Path, truth: Path | None = None) -> Version:
+    """The version under which the data set now lies in the workspace's registry, its shards in the remote; beside it the folder `truth`.
 
     The data is in the remote before the commit, and the commit is there before the tag: a killed run leaves nothing that looks whole.
 
@@ -61,19 +79,23 @@ def store(dataset: Path, info: DatasetInfo, *, workspace: Path, supplier: str, d
     with _locked(workspace) as registry:
         for _ in range(ATTEMPTS):
             _open(workspace)
-            stored = _find(registry, info.digest) or _commit(registry, dataset, info, supplier=supplier, date=date)
+            stored = _find(registry, info.digest, kind_of(place.tag)) or _commit(registry, dataset, info, place, truth)
             if publish(registry, stored.tag):
                 return stored
         raise EnvironmentFault(f"{registry}: others keep publishing to {origin()}; run again")
 
 
-def _commit(registry: Path, dataset: Path, info: DatasetInfo, *, supplier: str, date: str) -> Version:
-    place, tag = Path("datasets") / slug(supplier), f"{date}/{slug(supplier)}/{info.digest[:12]}"
-    (registry / "datasets").mkdir(exist_ok=True)
-    pointer, card = f"{place}.dvc", f"{place}.json"
-    _transfer(registry, dataset, place)
-    shutil.copyfile(dataset / INFO, registry / card)
-    git(registry, "add", "--", pointer, card)
+def _commit(registry: Path, dataset: Path, info: DatasetInfo, place: Place, truth: Path | None) -> Version:
+    path, tag = Path(place.path), f"{place.tag}/{info.digest[:12]}"
+    (registry / path.parent).mkdir(exist_ok=True)
+    send(registry, dataset, path)
+    shutil.copyfile(dataset / INFO, registry / f"{path}.json")
+    git(registry, "add", "--", f"{path}.dvc", f"{path}.json")
+    if truth is not None:
+        known = f"{path}{TRUTH}"
+        send(registry, truth, Path(known))
+        write_json(registry / f"{known}.json", _sums(truth))
+        git(registry, "add", "--", f"{known}.dvc", f"{known}.json")
     if git(registry, "status", "--porcelain", "--untracked-files=no"):
         git(registry, "commit", "--quiet", "--message", f"Take in {info.num_images} images\n\ndigest: {info.digest}")
     git(registry, "tag", "--annotate", "--message", f"digest: {info.digest}", "--", tag)
@@ -81,14 +103,14 @@ def _commit(registry: Path, dataset: Path, info: DatasetInfo, *, supplier: str, 
 
 
 def find(workspace: Path, digest: str) -> Version | None:
-    """The version of the data set with this digest; None if the registry has none."""
+    """The version of the supplier's data set with this digest; None if the registry has none."""
     registry = _current(workspace)
-    return _find(registry, digest) if registry else None
+    return _find(registry, digest, "delivery") if registry else None
 
 
-def _find(registry: Path, digest: str) -> Version | None:
+def _find(registry: Path, digest: str, kind: str) -> Version | None:
     for tag in git(registry, "tag", "--list", f"*/{digest[:12]}").splitlines():
-        if git(registry, "tag", "--list", "--format=%(contents:subject)", "--", tag) == f"digest: {digest}":
+        if kind_of(tag) == kind and git(registry, "tag", "--list", "--format=%(contents:subject)", "--", tag) == f"digest: {digest}":
             return Version(git(registry, "rev-parse", f"{tag}^{{commit}}"), tag)
     return None
 
@@ -112,33 +134,48 @@ def versions(workspace: Path) -> list[tuple[str, DatasetInfo]]:
     return found
 
 
-def fetch(tag: str, out: Path, *, workspace: Path) -> DatasetInfo:
-    """The description of the data set under `tag`, brought to `out` from the remote and verified.
+def kind_of(tag: str) -> str:
+    """What lies under a tag: `delivery`, `trusted set` or `poisoned copy`."""
+    if tag.startswith("trusted/"):
+        return "trusted set"
+    return "poisoned copy" if tag.startswith("poison@") else "delivery"
+
+
+def fetch(tag: str, out: Path, *, workspace: Path, truth: Path | None = None) -> DatasetInfo:
+    """The description of the data set under `tag`, brought to `out` from the remote and verified; its truth is brought to `truth`.
 
     Raises:
-        DataError: no such tag, or an object in the remote is missing or altered.
+        DataError: no such tag, or an object in the remote is missing or altered, or there is no truth.
     """
-    from dvc.exceptions import DvcException
-    from dvc_data.hashfile.cache import DiskError
-    from dvc_data.index import DataIndexError
-    from dvc_objects.errors import ObjectDBError, ObjectFormatError
-
-    damage = (DvcException, DataIndexError, DiskError, ObjectDBError, ObjectFormatError, FileNotFoundError, DataError)
     registry = _current(workspace)
     found = _described(registry, tag) if registry and tag in git(registry, "tag", "--list").splitlines() else None
     if registry is None or found is None:
         raise DataError(f"{workspace / 'registry'}: no data set is tagged {tag!r}; `cbd data list` shows all")
     place, told = found
-    with replacing(out) as temporary:
-        try:
-            _dvc().get(str(registry), place, out=str(temporary), rev=tag)
+    with contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(replacing(out))
+        bring(registry, tag, place, temporary)
+        with told_as_damage(tag, temporary):
             info = verify_dataset(temporary)
-        except damage as error:
-            text = " ".join(str(error).split())[:200].replace(str(temporary), "")
-            raise DataError(f"{tag}: its shards in the remote are missing or altered: {text}; restore the remote") from None
         if info.digest != told.digest:
             raise DataError(f"{tag}: altered: the remote holds digest {info.digest[:12]}, the registry says {told.digest[:12]}")
+        if truth is not None:
+            _fetch_truth(registry, tag, f"{place}{TRUTH}", stack.enter_context(replacing(truth)))
     return info
+
+
+def _fetch_truth(registry: Path, tag: str, path: str, out: Path) -> None:
+    if f"{path}.json" not in git(registry, "ls-tree", "-r", "--name-only", f"refs/tags/{tag}").splitlines():
+        raise DataError(f"{tag}: no truth is stored with it; only poisoned copies have one")
+    bring(registry, tag, path, out)
+    if _sums(out) != json.loads(git(registry, "show", f"refs/tags/{tag}:{path}.json")):
+        raise DataError(f"{tag}: its truth in the remote is altered; restore the remote")
+    read_truth(out)
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder."""
+    return {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
 
 
 def _described(registry: Path, tag: str) -> tuple[str, DatasetInfo] | None:
@@ -159,8 +196,12 @@ def _described(registry: Path, tag: str) -> tuple[str, DatasetInfo] | None:
 
 def _place(registry: Path, tag: str, digest: str) -> str | None:
     """Path of the data set with this digest under `tag`, without an ending."""
-    for name in git(registry, "ls-tree", "--name-only", f"refs/tags/{tag}", "datasets/").splitlines():
-        if name.endswith(".json") and f'"{digest}"' in git(registry, "show", f"refs/tags/{tag}:{name}"):
+    for name in git(registry, "ls-tree", "-r", "--name-only", f"refs/tags/{tag}").splitlines():
+        if (
+            name.endswith(".json")
+            and not name.endswith(f"{TRUTH}.json")
+            and f'"{digest}"' in git(registry, "show", f"refs/tags/{tag}:{name}")
+        ):
             return name.removesuffix(".json")
     return None
 
@@ -187,8 +228,8 @@ def _current(workspace: Path) -> Path | None:
 
 def _open(workspace: Path) -> None:
     """Makes the registry and the remote if they are not there, and follows the origin if there is one."""
-    registry, url = workspace / "registry", os.environ.get(REMOTE) or _LOCAL_REMOTE
-    if url == _LOCAL_REMOTE:
+    registry = workspace / "registry"
+    if not os.environ.get(REMOTE):
         (workspace / "remote").mkdir(exist_ok=True)
     if origin():
         follow(registry)
@@ -196,24 +237,8 @@ def _open(workspace: Path) -> None:
         git(registry, "init", "--quiet", "--initial-branch=main")
     if git(registry, "ls-files", "--", ".dvc/config"):
         return
-    _dvc().init(str(registry), force=True).close()
-    (registry / ".dvc" / "config").write_text(_CONFIG.format(url=url))
-    git(registry, "add", "--", ".dvc/config", ".dvc/.gitignore", ".dvcignore")
+    git(registry, "add", "--", *start(registry, os.environ.get(REMOTE)))
     git(registry, "commit", "--quiet", "--message", "Start the data registry")
-
-
-def _transfer(registry: Path, dataset: Path, place: Path) -> None:
-    """Copies the shards to the remote and writes the pointer `<place>.dvc`."""
-    from dvc.exceptions import DvcException
-
-    try:
-        with _dvc()(str(registry)) as repo:
-            repo.add(str(dataset.resolve()), out=str((registry / place).resolve()), to_remote=True, force=True)
-        for stray in (registry.parent / "remote" / "files" / "md5").glob(".*.tmp"):
-            stray.unlink()  # DVC leaves a second copy of what it moves straight to a local remote
-    except DvcException as error:
-        text = " ".join(str(error).split())[:160]
-        raise EnvironmentFault(f"{registry}: DVC cannot store the data set: {text}; check the remote and its free space") from None
 
 
 @contextlib.contextmanager
@@ -227,13 +252,3 @@ def _locked(workspace: Path) -> Iterator[Path]:
             yield registry
     except OSError as error:
         raise disk_fault(registry, error) from None
-
-
-def _dvc() -> Any:
-    """DVC's repository class, with its advice for people at a terminal switched off."""
-    import logging
-
-    from dvc.repo import Repo
-
-    logging.getLogger("dvc").setLevel(logging.WARNING)
-    return Repo

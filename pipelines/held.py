@@ -90,12 +90,21 @@ def reject(names: Sequence[str], workspace: Path, *, run: str | None, by: str, r
 
 def versions(workspace: Path) -> dict[str, Any]:
     """Every version of a data set in the registry, the latest first."""
+    from components.registry import kind_of
     from components.registry import versions as known
 
     rows = []
     for tag, info in reversed(known(workspace)):
-        rows.append({"tag": tag, "num_images": info.num_images, "num_classes": len(info.class_names), "supplier": info.supplier})
-        rows[-1] |= {"trial": info.trial, "digest": info.digest}
+        rows.append(
+            {
+                "tag": tag,
+                "kind": kind_of(tag),
+                "num_images": info.num_images,
+                "num_classes": len(info.class_names),
+                "supplier": info.supplier,
+            }
+        )
+        rows[-1] |= {"digest": info.digest}
     return {"versions": rows}
 
 
@@ -124,12 +133,19 @@ def diff(old: str, new: str, workspace: Path) -> dict[str, Any]:
     }
 
 
-def checkout(version: str, out: Path, workspace: Path) -> dict[str, Any]:
-    """The description of a version's data set, which this brings to `out`."""
+def checkout(version: str, out: Path, workspace: Path, *, truth: Path | None) -> dict[str, Any]:
+    """The description of a version's data set, which this brings to `out`, and what is known of its poison to `truth`."""
     from components.registry import fetch
 
-    info = fetch(version, out, workspace=workspace)
-    return {"out": str(out), "num_images": info.num_images, "digest": info.digest}
+    info = fetch(version, out, workspace=workspace, truth=truth)
+    return {"out": str(out), "truth": str(truth) if truth else None, "num_images": info.num_images, "digest": info.digest}
+
+
+def add(dataset: Path, workspace: Path, *, truth: Path | None) -> dict[str, Any]:
+    """The version under which a data set lies in the registry from now on; no run learns from it unless its delivery is accepted."""
+    from components.version import version
+
+    return version(dataset, workspace=str(workspace), truth=truth)
 
 
 def _counts(images: list[tuple[str, str, str]]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def reject(names: tuple[str, ...], run: str | None, suspects: bool, reason: str,
 
 @click.group()
 def data() -> None:
-    """Versions of the data sets: list, compare, check out."""
+    """Versions of the data sets: list, compare, add, check out."""
 
 
 @data.command("list")
@@ -111,13 +111,27 @@ def diff(old: str, new: str, workspace: Path, as_json: bool) -> int:
 @data.command()
 @click.argument("version")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--truth", type=click.Path(path_type=Path), help="Folder for what is known of a poisoned copy.")
 @workspace_option
 @as_json
-def checkout(version: str, out: Path, workspace: Path, as_json: bool) -> int:
+def checkout(version: str, out: Path, truth: Path | None, workspace: Path, as_json: bool) -> int:
     """A version's data set in the folder OUT, verified."""
     from pipelines import held
 
-    return tell(held.checkout(version, new_place(out), workspace), as_json, f"cbd train --data {out} --out MODELS")
+    outputs = held.checkout(version, new_place(out), workspace, truth=truth and new_place(truth))
+    return tell(outputs, as_json, f"cbd train --data {out} --out MODELS")
+
+
+@data.command()
+@click.argument("dataset", type=click.Path(path_type=Path))
+@click.option("--truth", type=click.Path(path_type=Path), help="What is known of a poisoned copy, as `cbd poison` wrote it.")
+@workspace_option
+@as_json
+def add(dataset: Path, truth: Path | None, workspace: Path, as_json: bool) -> int:
+    """Keeps a data set that `cbd ingest` or `cbd poison` wrote as a version of its own; no run learns from it by that."""
+    from pipelines import held
+
+    return tell(held.add(dataset, workspace, truth=truth), as_json, f"cbd data list{_place(workspace)}")
 
 
 def _place(workspace: Path) -> str:

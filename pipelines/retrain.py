@@ -105,7 +105,7 @@ def retrain(
             validated = uncached(validate_step(records=records, params=validation, **sets)).outputs
             judged = {"policy": gate, "validation": validated["validation"], **sets, **run}
             with dsl.If(validated["Output"] == True, name="usable"):  # noqa: E712
-                versioned = uncached(version_step(records=records, dataset=dataset, workspace=workspace, supplier=supplier))
+                versioned = uncached(version_step(records=records, truth=taken["truth"], workspace=workspace, supplier=supplier, **sets))
                 training = {"dataset": dataset, "seed": seed, "preset": preset, "model_params": model, **run}
                 caught = on_gpu(train_confounder_step(confounder_params=confounder, **training)).after(versioned).outputs["confounder"]
                 trained = on_gpu(train_deconfounded_step(deconfounded_params=deconfounded, confounder=caught, **training)).outputs

@@ -11,11 +11,11 @@ import pytest
 from delivery_files import LIMITS, encode, pixels, places, png, write_classes
 
 from cbd.audit import LOG, append, ensure_key, verify_log
-from cbd.dataset import read_info, read_manifest
+from cbd.dataset import make_row, read_info, read_manifest, read_truth, to_batches, write_dataset
 from cbd.errors import DataError
 from components import quarantine
 from components.ingest import IngestOptions, ingest
-from components.registry import store
+from components.registry import find, of_delivery, store
 from components.tracking import registered_name
 from pipelines import cli
 
@@ -36,7 +36,7 @@ def deliver(workspace: Path, delivery: Path, run_id: str, *, verdict: str | None
     told = ingest(str(delivery), str(trusted), outputs=places(out), params=LIMITS, options=given)
     if verdict:
         key, info = ensure_key(workspace), read_info(out / "dataset")
-        store(out / "dataset", info, workspace=workspace, supplier="acme", date="2026-11-25")
+        store(out / "dataset", info, of_delivery("acme", "2026-11-25"), workspace=workspace)
         digests = {"data": told["digest"], "trusted": told["trusted_digest"], "model": "0" * 64}
         about = {"run_id": run_id, "decision_digest": hashlib.sha256(run_id.encode()).hexdigest()}
         append(workspace / LOG, "decision", {**about, "digests": digests, "trial": False, "verdict": verdict}, key=key)
@@ -339,6 +339,24 @@ def test_a_released_file_makes_no_delivery_of_an_empty_one_and_no_supplier_of_wh
     (root / "bee" / "copy.png").unlink()
     deliver(workspace, root, "run-4", verdict=None, supplier="beta")
     assert read_info(workspace / "runs" / "run-4" / "dataset").supplier == "acme"
+
+
+def test_a_poisoned_copy_is_kept_and_comes_back_with_its_roles_and_no_run_learns_from_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [make_row(png(i), label=i % 2, original_path=f"{i}.png", source="acme") for i in range(20)]
+    write_dataset(tmp_path / "clean", to_batches(rows), class_names=["ant", "bee"], supplier="acme")
+    copy, place = tmp_path / "copy", ("--workspace", str(tmp_path / "ws"))
+    cbd(capsys, "poison", str(tmp_path / "clean"), "--attack", "badnets", "--poison-rate", "0.2", "--out", str(copy))
+    code, _, err = cbd(capsys, "data", "add", str(copy / "dataset"), *place)
+    assert code == 2 and "give the folder that `cbd poison` wrote with --truth" in err
+    _, added, _ = cbd(capsys, "data", "add", str(copy / "dataset"), "--truth", str(copy / "truth"), *place)
+    (listed,) = cbd(capsys, "data", "list", *place)[1]["versions"]
+    assert (listed["tag"], listed["kind"]) == (added["tag"], "poisoned copy") and added["tag"].startswith("poison@badnets/")
+    out = ("--out", str(tmp_path / "out"), "--truth", str(tmp_path / "known"))
+    assert cbd(capsys, "data", "checkout", added["tag"], *out, *place)[0] == 0
+    assert read_truth(tmp_path / "known") == read_truth(copy / "truth")
+    assert find(tmp_path / "ws", added["digest"]) is None
 
 
 def test_a_delivery_that_was_accepted_meanwhile_is_not_lost(tmp_path: Path, workspace: Path) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from delivery_files import png
 
-from cbd.dataset import make_row, read_info, to_batches, write_dataset
+from cbd.config import Poison
+from cbd.dataset import make_row, read_info, read_truth, to_batches, write_dataset
 from cbd.errors import DataError, EnvironmentFault
 from components import registry as registry_module
-from components.registry import fetch, find, slug, versions
+from components.poison import poison
+from components.registry import fetch, find, kind_of, slug, versions
 from components.version import version
 
 
@@ -107,6 +109,58 @@ def test_an_altered_data_set_is_not_stored(workspace: Path, tmp_path: Path) -> N
     with pytest.raises(DataError, match="altered"):
         version(data, workspace=str(workspace), supplier="acme")
     assert len(git(workspace / "registry", "tag").splitlines()) == 1
+
+
+def poisoned(tmp_path: Path) -> tuple[Path, Path]:
+    """A trial and its truth."""
+    section = Poison(attack="badnets", poison_rate=0.34)
+    poison(make(tmp_path / "clean"), tmp_path / "trial", truth=tmp_path / "truth", params=section, seed=0)
+    return tmp_path / "trial", tmp_path / "truth"
+
+
+def test_a_trusted_set_is_a_version_of_its_own_and_stored_first(tmp_path: Path) -> None:
+    workspace = tmp_path / "ws"
+    told = version(make(tmp_path / "a"), workspace=str(workspace), supplier="acme", trusted_set=make(tmp_path / "b", 50), date="2026-01-31")
+    digest = read_info(tmp_path / "b").digest
+    assert told["trusted_tag"] == f"trusted/2026-01-31/{digest[:12]}"
+    assert [tag for tag, _ in versions(workspace)] == [told["trusted_tag"], told["tag"]]
+    assert git(workspace / "registry", "show", f"{told['revision']}:trusted/set.json")
+    assert fetch(told["trusted_tag"], tmp_path / "out", workspace=workspace).digest == digest
+    assert find(workspace, digest) is None  # no run may learn from it
+
+
+def test_a_poisoned_copy_is_stored_with_its_roles_and_parameters(tmp_path: Path) -> None:
+    (trial, truth), workspace = poisoned(tmp_path), tmp_path / "ws"
+    told = version(trial, workspace=str(workspace), supplier="acme", truth=truth, date="2026-01-31")
+    assert told["tag"] == f"poison@badnets/2026-01-31/{told['digest'][:12]}"
+    fetch(told["tag"], tmp_path / "out", workspace=workspace, truth=tmp_path / "known")
+    assert read_truth(tmp_path / "known") == read_truth(truth) and read_info(tmp_path / "out") == read_info(trial)
+    with pytest.raises(DataError, match="stored with its roles and parameters"):
+        version(trial, workspace=str(workspace), supplier="acme")
+
+
+@pytest.mark.parametrize("name", ["truth.json", "roles.parquet"])
+def test_a_truth_that_was_altered_in_the_remote_is_refused(name: str, tmp_path: Path) -> None:
+    (trial, truth), workspace = poisoned(tmp_path), tmp_path / "ws"
+    tag = version(trial, workspace=str(workspace), truth=truth)["tag"]
+    stored = next(path for path in (workspace / "remote").rglob("*") if path.is_file() and path.read_bytes() == (truth / name).read_bytes())
+    stored.chmod(0o644)
+    stored.write_bytes(stored.read_bytes().replace(b"badnets", b"blended") if name == "truth.json" else b"PAR1")
+    with pytest.raises(DataError, match="altered"):
+        fetch(tag, tmp_path / "out", workspace=workspace, truth=tmp_path / "known")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "known").exists()
+
+
+def test_a_delivery_has_no_truth(workspace: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no truth is stored with it"):
+        fetch(git(workspace / "registry", "tag"), tmp_path / "out", workspace=workspace, truth=tmp_path / "known")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("supplier", ["trusted", "poison@badnets", "trusted/2026-01-31"])
+def test_no_supplier_s_name_makes_a_delivery_another_kind(supplier: str, tmp_path: Path) -> None:
+    tag = version(make(tmp_path / "data"), workspace=str(tmp_path / "ws"), supplier=supplier, date="2026-01-31")["tag"]
+    assert kind_of(tag) == "delivery" and find(tmp_path / "ws", read_info(tmp_path / "data").digest) is not None
 
 
 HOSTILE = [
