@@ -35,6 +35,8 @@ _FAULTS = (
     RuntimeError,
     ValueError,
 )
+_EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_MAX_EXTENSION = 2**20
 _LINKED = 0o120000
 _PIECES = {"", ".", ".."}
 
@@ -110,7 +112,8 @@ def open_archive(path: Path, *, told: str, folder: Path, max_expansion: float) -
             if _head(path).startswith(b"PK"):
                 opened = _list_zip(stack.enter_context(zipfile.ZipFile(path)), limit)
             else:
-                opened = _list_tar(stack.enter_context(tarfile.open(_decompressed(path, folder, limit), "r:")), limit)
+                plain = _decompressed(path, folder, limit)
+                opened = _list_tar(stack.enter_context(tarfile.open(plain, "r:", tarinfo=_TarHeader)), limit)
         except _Bomb:
             raise DataError(f"{told}: holds more than {limit} bytes, {max_expansion:g} times its size: a decompression bomb") from None
         except _FAULTS as error:
@@ -141,7 +144,21 @@ def _head(path: Path) -> bytes:
         return file.read(6)
 
 
+class _TarHeader(tarfile.TarInfo):
+    """A header whose extensions (long names, pax records), which are read into memory whole, have a limit."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENSIONS and self.size > _MAX_EXTENSION:
+            raise tarfile.ReadError(f"a header of {self.size} bytes, more than {_MAX_EXTENSION}")
+        return cast(tarfile.TarInfo, super()._proc_member(archive))
+
+
 def _list_tar(archive: tarfile.TarFile, limit: int) -> Archive:
+    """The members up to the mark of the end; where a header is damaged or the rest is cut off, tarfile ends without a word.
+
+    Raises:
+        tarfile.ReadError: it did.
+    """
     listed = []
     for info in archive:
         refusal = None
@@ -152,6 +169,15 @@ def _list_tar(archive: tarfile.TarFile, limit: int) -> Archive:
         elif not info.isreg() or info.issparse():
             refusal = Refused("not-a-file", "a device, pipe or sparse file")
         listed.append((info.name, info.size if info.isreg() else 0, refusal, _TarMember(archive, info)))
+    with open(str(archive.name), "rb") as file:
+        file.seek(archive.offset)
+        part = file.read(_CHUNK)
+        if len(part) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(f"cut off after {len(listed)} members")
+        while part:
+            if part.strip(b"\0"):
+                raise tarfile.ReadError(f"no member and no end after {len(listed)} members, at byte {archive.offset}")
+            part = file.read(_CHUNK)
     return _listing(listed, limit)
 
 

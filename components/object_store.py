@@ -84,7 +84,7 @@ class Store:
         return data
 
     def download(self, path: str, folder: Path) -> Path:
-        """Where in `folder` a listed object now lies, under a name of ours; a large one is read in parts at the same time.
+        """Where in `folder` a listed object now lies, under a name of ours, checked as `read` does; a large one is read in parts at once.
 
         Raises:
             DataError, EnvironmentFault: as `read`.
@@ -94,8 +94,10 @@ class Store:
         target, listed = folder / uuid.uuid4().hex, self.objects[path]
         with _faults(self, path), TransferManager(self.client, TransferConfig(max_request_concurrency=WORKERS)) as manager:
             manager.download(self.bucket, listed.key, str(target), subscribers=[_AsListed(listed)]).result()
-        if target.stat().st_size != listed.num_bytes:
-            raise EnvironmentFault(_other_bytes(self.told, path))
+            about = self.client.head_object(Bucket=self.bucket, Key=listed.key, IfMatch=listed.etag)
+        with target.open("rb") as file:
+            md5 = hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False)).hexdigest()
+        self._check(path, md5, target.stat().st_size, about.get("ServerSideEncryption"))
         return target
 
     def _check(self, path: str, md5: str, num_bytes: int, encryption: str | None) -> None:

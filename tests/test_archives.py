@@ -162,6 +162,33 @@ def test_a_truncated_archive_is_refused_by_name_or_its_members_are_told(tmp_path
         assert all(file.refusal for file in files)
 
 
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_damaged_header_in_the_middle_does_not_lose_what_follows_without_a_word(tmp_path: Path, mode: str) -> None:
+    plain = bytearray(tar(tmp_path / "x.tar", FILES, "w").read_bytes())
+    second = plain.index(FILES[1][0].encode())
+    for name, damaged in (
+        ("checksum", plain[: second + 5] + bytes([plain[second + 5] ^ 1]) + plain[second + 6 :]),
+        ("zeros", plain[:second] + bytes(512) + plain[second + 512 :]),
+        ("another archive behind", plain + plain),
+        ("cut in a header", plain[: second + 100]),
+        ("cut between members", plain[:second]),
+    ):
+        path = tmp_path / f"y{'.tar.gz' if mode == 'w:gz' else '.tar'}"
+        path.write_bytes(gzip.compress(bytes(damaged)) if mode == "w:gz" else damaged)
+        with pytest.raises(DataError, match=r"y\.tar.*not readable as an archive: (no member and no end|cut off) after \d+ members"):
+            pytest.fail(f"{name}: {read(path)}")
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_tar_header_that_would_fill_the_memory_is_not_read(tmp_path: Path, kind: bytes) -> None:
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = kind, 2**21
+    path = tmp_path / "x.tar"
+    path.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(2**21) + tar(tmp_path / "y.tar", FILES, "w").read_bytes())
+    with pytest.raises(DataError, match="a header of 2097152 bytes, more than 1048576"):
+        read(path)
+
+
 @pytest.mark.parametrize("mode", ["w", "w:gz", "zip"])
 def test_damaged_bytes_anywhere_are_told_and_never_crash(tmp_path: Path, mode: str) -> None:
     whole = zipped(tmp_path / "x.zip", FILES) if mode == "zip" else tar(tmp_path / "x.tar", FILES, mode)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import IncompleteReadError
+from botocore.response import StreamingBody
 from delivery_files import LIMITS, OPTIONS, places, png, write_classes, write_parquet
 
 from cbd.config import Ingest
@@ -240,6 +241,18 @@ def test_other_bytes_than_were_listed_are_never_taken(client: Any, body: bytes) 
     store.client = Broken(store.client, 1, lambda _: io.BytesIO(body))
     with pytest.raises(EnvironmentFault, match="'a/0.png': the object store delivers other bytes than it lists"):
         store.read("a/0.png")
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1] + b"?", lambda data: data[:-1], lambda data: data + b"0"])
+def test_a_shard_of_other_bytes_than_were_listed_is_never_taken(client: Any, tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    body = bytes(range(256)) * 64
+    client.put_object(Bucket="box", Key="x/train.parquet", Body=body)
+    store = open_store("s3://box/x", told="delivery")
+    store.list()
+    assert store.download("train.parquet", tmp_path).read_bytes() == body
+    store.client = Broken(store.client, 1, lambda _: StreamingBody(io.BytesIO(change(body)), None))
+    with pytest.raises(EnvironmentFault, match="'train.parquet': the object store delivers other bytes than it lists"):
+        store.download("train.parquet", tmp_path)
 
 
 class Overloaded(http.server.BaseHTTPRequestHandler):
