@@ -20,6 +20,7 @@ from cbd.errors import CbdError
 from cbd.images import encode_png
 from components.records import read_records
 from pipelines import cli, launch, local, outcome
+from pipelines.console import tell_result
 from pipelines.demo import load_scans
 from pipelines.progress import STEPS
 
@@ -75,12 +76,16 @@ def place(tmp_path: Path, scans: dict[str, bytes], mlflow_template: Path, monkey
 
 
 def cbd(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[int, dict[str, Any], str]:
-    """Exit code, the JSON object in the last line of stdout, and stderr."""
+    """Exit code, the JSON object in the last line of stdout, and stderr; a run is told in words as well, as without --json."""
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     told = capsys.readouterr()
     print(told.err)
-    return int(ended.value.code or 0), json.loads(told.out.splitlines()[-1]), told.err
+    code, result = int(ended.value.code or 0), json.loads(told.out.splitlines()[-1])
+    if result.get("verdict") or result.get("nothing_new"):
+        assert tell_result(result, False) == code
+        assert "None" not in capsys.readouterr().out
+    return code, result, told.err
 
 
 @contextlib.contextmanager
