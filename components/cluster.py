@@ -15,6 +15,7 @@ from cbd.errors import EnvironmentFault
 from components.decoding import CLUSTER, Asked, Outcome, schedule_here
 from components.parallel import Pending
 
+_MEND = "start it, set RAY_AUTH_MODE=token if it asks for a token, or unset the address to decode here"
 LOCAL = "local"
 """An address: a cluster of this machine alone, started for this process."""
 Schedule = Callable[[Asked, str, Ingest], Pending[list[Outcome]]]
@@ -25,7 +26,7 @@ def schedule_on(address: str) -> tuple[Schedule, int]:
     """What starts decoding on the cluster at `address`, and how many images' worth of processors it has.
 
     Args:
-        address: `host:port` or `ray://host:port` of a running cluster, `auto` for the one that this machine is part of, or `local`.
+        address: `host:port` of a running cluster, `auto` for the one that this machine is part of, or `local`.
 
     Raises:
         EnvironmentFault: Ray is not installed, or there is no such cluster.
@@ -38,10 +39,10 @@ def schedule_on(address: str) -> tuple[Schedule, int]:
     try:
         if not ray.is_initialized():
             _look_for(address)
-            ray.init(address=None if address == LOCAL else address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (OSError, ValueError, RuntimeError) as error:
         text = " ".join(str(error).split())[:160]
-        raise EnvironmentFault(f"{CLUSTER}={address}: no such Ray cluster: {text}; start it, or unset it to decode here") from None
+        raise EnvironmentFault(f"{CLUSTER}={address}: no Ray cluster answers: {text}; {_MEND}") from None
     decode = ray.remote(num_cpus=1)(_decode)
 
     def schedule(asked: Asked, source: str, limits: Ingest) -> Pending[list[Outcome]]:
@@ -53,8 +54,8 @@ def schedule_on(address: str) -> tuple[Schedule, int]:
 def _look_for(address: str) -> None:
     """Raises OSError or ValueError if nothing listens there; Ray itself would go on trying for minutes."""
     if address not in (LOCAL, "auto"):
-        host, _, port = address.removeprefix("ray://").rpartition(":")
-        socket.create_connection((host, int(port)), timeout=5).close()
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
 
 
 class _Task:

@@ -42,7 +42,8 @@ def manifest_frame(dataset: Path, info: DatasetInfo, trusted_set: Path, trusted_
     _add_lookalikes(frame, trusted)
     frame["is_outlier"] = _is_outlier(frame["brightness"]) | _is_outlier(frame["entropy"])
     newest = frame["batch"].iloc[-1] if len(frame) else ""
-    frame["class_drift"] = drift(frame["label"].to_numpy(), (frame["batch"] == newest).to_numpy())
+    new = (frame["batch"] == newest).to_numpy()
+    frame["class_drift"] = np.where(new, drift(frame["label"].to_numpy(), new), 0.0)
     frame["supplier_ratio"] = supplier_ratios(frame["label"].to_numpy(), frame["source"].fillna("").to_numpy(str))
     return frame
 

@@ -25,6 +25,7 @@ from components.git import follow, git, origin, publish
 from components.shard_store import bring, send, start, told_as_damage
 
 REMOTE = "CBD_REGISTRY_REMOTE"
+FOLDERS = {"delivery": "datasets", "trusted set": "trusted", "poisoned copy": "poisoned"}
 TRUTH = ".truth"
 """Added to the path of a poisoned copy: what is known of it."""
 ATTEMPTS = 5
@@ -46,17 +47,17 @@ class Place(NamedTuple):
 
 def of_delivery(supplier: str, date: str) -> Place:
     """The place of data sets from a supplier: what was taken in, for training."""
-    return Place(f"datasets/{slug(supplier)}", f"{date}/{slug(supplier)}")
+    return Place(f"{FOLDERS['delivery']}/{slug(supplier)}", f"{date}/{slug(supplier)}")
 
 
 def of_trusted_set(date: str) -> Place:
     """The place of trusted sets."""
-    return Place("trusted/set", f"trusted/{date}")
+    return Place(f"{FOLDERS['trusted set']}/set", f"trusted/{date}")
 
 
 def of_poisoned_copy(attack: str, date: str) -> Place:
     """The place of copies that were poisoned on purpose, each with its truth."""
-    return Place(f"poisoned/{slug(attack)}", f"poison@{slug(attack)}/{date}")
+    return Place(f"{FOLDERS['poisoned copy']}/{slug(attack)}", f"poison@{slug(attack)}/{date}")
 
 
 class Version(NamedTuple):
@@ -67,22 +68,29 @@ class Version(NamedTuple):
 
 
 def store(dataset: Path, info: DatasetInfo, place: Place, *, workspace: Path, truth: Path | None = None) -> Version:
-    """The version under which the data set now lies in the workspace's registry, its shards in the remote; beside it the folder `truth`.
+    """The version under which the data set now lies in the workspace's registry, its shards in the remote; beside it its `truth`.
 
     The data is in the remote before the commit, and the commit is there before the tag: a killed run leaves nothing that looks whole.
 
     With an origin the version is published before this returns, and made again on top of what others have published meanwhile.
 
     Raises:
+        DataError: the same data set lies there with another truth.
         EnvironmentFault: the registry, the remote or the origin cannot be written.
     """
     with _locked(workspace) as registry:
         for _ in range(ATTEMPTS):
             _open(workspace)
+            _check_truth(registry, _find(registry, info.digest, kind_of(place.tag)), place, truth)
             stored = _find(registry, info.digest, kind_of(place.tag)) or _commit(registry, dataset, info, place, truth)
             if publish(registry, stored.tag):
                 return stored
         raise EnvironmentFault(f"{registry}: others keep publishing to {origin()}; run again")
+
+
+def _check_truth(registry: Path, found: Version | None, place: Place, truth: Path | None) -> None:
+    if found and truth and _known_sums(registry, found.tag, f"{place.path}{TRUTH}") != _sums(truth):
+        raise DataError(f"{found.tag}: lies there with another truth; a poisoned copy has one, poison another copy to correct it")
 
 
 def _commit(registry: Path, dataset: Path, info: DatasetInfo, place: Place, truth: Path | None) -> Version:
@@ -165,17 +173,32 @@ def fetch(tag: str, out: Path, *, workspace: Path, truth: Path | None = None) ->
 
 
 def _fetch_truth(registry: Path, tag: str, path: str, out: Path) -> None:
-    if f"{path}.json" not in git(registry, "ls-tree", "-r", "--name-only", f"refs/tags/{tag}").splitlines():
+    known = _known_sums(registry, tag, path)
+    if known is None:
         raise DataError(f"{tag}: no truth is stored with it; only poisoned copies have one")
     bring(registry, tag, path, out)
-    if _sums(out) != json.loads(git(registry, "show", f"refs/tags/{tag}:{path}.json")):
+    if _sums(out) != known:
         raise DataError(f"{tag}: its truth in the remote is altered; restore the remote")
     read_truth(out)
 
 
-def _sums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder."""
-    return {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+def _known_sums(registry: Path, tag: str, path: str) -> dict[str, str] | None:
+    """SHA-256 of the files of the truth at `path`, as committed; None if there is none."""
+    if f"{path}.json" not in git(registry, "ls-tree", "-r", "--name-only", f"refs/tags/{tag}").splitlines():
+        return None
+    try:
+        known: dict[str, str] = json.loads(git(registry, "show", f"refs/tags/{tag}:{path}.json"))
+    except ValueError:
+        raise DataError(f"{registry}: {path}.json under {tag} is malformed; restore the registry") from None
+    return known
+
+
+def _sums(truth: Path) -> dict[str, str]:
+    """SHA-256 of every file of a truth, which is a flat folder."""
+    try:
+        return {path.name: sha256_file(path) for path in sorted(truth.iterdir())}
+    except OSError as error:
+        raise DataError(f"{truth}: no truth: {error.strerror}; give a folder that `cbd poison` wrote") from None
 
 
 def _described(registry: Path, tag: str) -> tuple[str, DatasetInfo] | None:
@@ -196,12 +219,10 @@ def _described(registry: Path, tag: str) -> tuple[str, DatasetInfo] | None:
 
 def _place(registry: Path, tag: str, digest: str) -> str | None:
     """Path of the data set with this digest under `tag`, without an ending."""
-    for name in git(registry, "ls-tree", "-r", "--name-only", f"refs/tags/{tag}").splitlines():
-        if (
-            name.endswith(".json")
-            and not name.endswith(f"{TRUTH}.json")
-            and f'"{digest}"' in git(registry, "show", f"refs/tags/{tag}:{name}")
-        ):
+    folder = FOLDERS[kind_of(tag)]
+    for name in git(registry, "ls-tree", "--name-only", f"refs/tags/{tag}", f"{folder}/").splitlines():
+        described = name.endswith(".json") and not name.endswith(f"{TRUTH}.json")
+        if described and f'"{digest}"' in git(registry, "show", f"refs/tags/{tag}:{name}"):
             return name.removesuffix(".json")
     return None
 

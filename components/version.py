@@ -6,11 +6,10 @@ from typing import Any
 
 from kfp import dsl
 
-from cbd.dataset import DatasetInfo, read_truth, verify_dataset
+from cbd.dataset import read_manifest, read_truth, verify_dataset
 from cbd.errors import DataError
-from components.ingest import TRUSTED_SOURCE
 from components.records import kfp_component
-from components.registry import Place, of_delivery, of_poisoned_copy, of_trusted_set, store
+from components.registry import of_delivery, of_poisoned_copy, of_trusted_set, store
 
 
 def version(
@@ -18,44 +17,49 @@ def version(
     *,
     workspace: str,
     supplier: str | None = None,
-    trusted_set: Path | None = None,
     truth: Path | None = None,
     date: str | None = None,
 ) -> dict[str, Any]:
     """Commit (`revision`), `tag` and `digest` of the data set in the workspace's data registry; the same digest is stored once.
 
-    A trial is a poisoned copy and is stored with its truth; a data set that ingest wrote from trusted images is a trusted set.
+    A trial is a poisoned copy and is stored with its truth.
 
     Args:
         dataset: folder of the data set.
         workspace: gets `registry/` (git and DVC) and `remote/` (the shards) if they are not there.
         supplier: names the tag `<date>/<supplier>/<first 12 of the digest>`, made safe; None takes the data set's own.
-        trusted_set: folder of a trusted set that is stored before it; `trusted_tag` in the result.
         truth: folder with what is known about the poison; not looked at unless the data set is a trial.
         date: YYYY-MM-DD; by default today in UTC.
 
     Raises:
-        DataError: a data set is missing or altered, or a trial without its truth.
+        DataError: the data set is missing or altered, or a trial whose truth is missing or another one's.
         EnvironmentFault: the registry or the remote cannot be written.
     """
-    day = date or datetime.datetime.now(datetime.UTC).date().isoformat()
-    told: dict[str, Any] = {}
-    if trusted_set is not None:
-        info = verify_dataset(trusted_set)
-        told["trusted_tag"] = store(trusted_set, info, of_trusted_set(day), workspace=Path(workspace)).tag
-    info = verify_dataset(dataset)
-    place = _place_of(info, supplier, truth, day)
+    info, day = verify_dataset(dataset), date or _today()
+    place = of_poisoned_copy(_attack_on(dataset, truth), day) if info.trial else of_delivery(supplier or info.supplier, day)
     stored = store(dataset, info, place, workspace=Path(workspace), truth=truth if info.trial else None)
-    return {"revision": stored.revision, "tag": stored.tag, "digest": info.digest} | told
+    return {"revision": stored.revision, "tag": stored.tag, "digest": info.digest}
 
 
-def _place_of(info: DatasetInfo, supplier: str | None, truth: Path | None, day: str) -> Place:
-    if info.trial:
-        known = read_truth(truth) if truth else None
-        if known is None:
-            raise DataError("a trial is stored with its roles and parameters; give the folder that `cbd poison` wrote with --truth")
-        return of_poisoned_copy(known.attack, day)
-    return of_trusted_set(day) if supplier is None and info.supplier == TRUSTED_SOURCE else of_delivery(supplier or info.supplier, day)
+def version_trusted_set(trusted_set: Path, *, workspace: str, date: str | None = None) -> dict[str, Any]:
+    """As `version`, of a trusted set; its tag is `trusted/<date>/<first 12 of the digest>`."""
+    info = verify_dataset(trusted_set)
+    stored = store(trusted_set, info, of_trusted_set(date or _today()), workspace=Path(workspace))
+    return {"revision": stored.revision, "tag": stored.tag, "digest": info.digest}
+
+
+def _attack_on(dataset: Path, truth: Path | None) -> str:
+    """The attack that made a trial; raises DataError unless the truth is about these samples."""
+    known = read_truth(truth) if truth else None
+    if known is None:
+        raise DataError("a trial is stored with its roles and parameters; give the folder that `cbd poison` wrote with --truth")
+    if sorted(known.sample_ids) != sorted(read_manifest(dataset)["sample_id"].to_pylist()):
+        raise DataError(f"{truth}: is about other samples than {dataset}; give the truth that was written with it")
+    return known.attack
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 @kfp_component
@@ -82,9 +86,9 @@ def version_step(
     from pathlib import Path
 
     from components.records import step
-    from components.version import version
+    from components.version import version, version_trusted_set
 
     with step(records, "version") as outputs:
-        also = {"trusted_set": Path(trusted_set.path), "truth": Path(truth.path)}
-        outputs |= version(Path(dataset.path), workspace=workspace, supplier=supplier, **also)
+        outputs["trusted_tag"] = version_trusted_set(Path(trusted_set.path), workspace=workspace)["tag"]
+        outputs |= version(Path(dataset.path), workspace=workspace, supplier=supplier, truth=Path(truth.path))
         Path(revision).write_text(outputs["revision"])

@@ -95,16 +95,8 @@ def versions(workspace: Path) -> dict[str, Any]:
 
     rows = []
     for tag, info in reversed(known(workspace)):
-        rows.append(
-            {
-                "tag": tag,
-                "kind": kind_of(tag),
-                "num_images": info.num_images,
-                "num_classes": len(info.class_names),
-                "supplier": info.supplier,
-            }
-        )
-        rows[-1] |= {"digest": info.digest}
+        about = {"tag": tag, "kind": "poisoned copy" if info.trial else kind_of(tag), "num_images": info.num_images}
+        rows.append(about | {"num_classes": len(info.class_names), "supplier": info.supplier, "digest": info.digest})
     return {"versions": rows}
 
 
@@ -137,14 +129,24 @@ def checkout(version: str, out: Path, workspace: Path, *, truth: Path | None) ->
     """The description of a version's data set, which this brings to `out`, and what is known of its poison to `truth`."""
     from components.registry import fetch
 
+    if truth is not None and (out.resolve() in (truth.resolve(), *truth.resolve().parents) or truth.resolve() in out.resolve().parents):
+        raise ConfigError(f"--truth {truth}: lies in --out {out}, or holds it; write the truth beside the data set")
     info = fetch(version, out, workspace=workspace, truth=truth)
     return {"out": str(out), "truth": str(truth) if truth else None, "num_images": info.num_images, "digest": info.digest}
 
 
-def add(dataset: Path, workspace: Path, *, truth: Path | None) -> dict[str, Any]:
+def add(dataset: Path, workspace: Path, *, truth: Path | None, trusted: bool) -> dict[str, Any]:
     """The version under which a data set lies in the registry from now on; no run learns from it unless its delivery is accepted."""
-    from components.version import version
+    from cbd.dataset import read_info
+    from components.version import version, version_trusted_set
 
+    trial = read_info(dataset).trial
+    if truth is not None and not trial:
+        raise ConfigError(f"--truth {truth}: {dataset} is no poisoned copy; only those are kept with their truth")
+    if trusted and trial:
+        raise ConfigError(f"--trusted: {dataset} was poisoned on purpose; add it with its --truth")
+    if trusted:
+        return version_trusted_set(dataset, workspace=str(workspace))
     return version(dataset, workspace=str(workspace), truth=truth)
 
 

@@ -125,13 +125,14 @@ def checkout(version: str, out: Path, truth: Path | None, workspace: Path, as_js
 @data.command()
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option("--truth", type=click.Path(path_type=Path), help="What is known of a poisoned copy, as `cbd poison` wrote it.")
+@click.option("--trusted", is_flag=True, help="It is a trusted set.")
 @workspace_option
 @as_json
-def add(dataset: Path, truth: Path | None, workspace: Path, as_json: bool) -> int:
+def add(dataset: Path, truth: Path | None, trusted: bool, workspace: Path, as_json: bool) -> int:
     """Keeps a data set that `cbd ingest` or `cbd poison` wrote as a version of its own; no run learns from it by that."""
     from pipelines import held
 
-    return tell(held.add(dataset, workspace, truth=truth), as_json, f"cbd data list{_place(workspace)}")
+    return tell(held.add(dataset, workspace, truth=truth, trusted=trusted), as_json, f"cbd data list{_place(workspace)}")
 
 
 def _place(workspace: Path) -> str:

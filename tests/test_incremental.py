@@ -357,6 +357,20 @@ def test_a_poisoned_copy_is_kept_and_comes_back_with_its_roles_and_no_run_learns
     assert cbd(capsys, "data", "checkout", added["tag"], *out, *place)[0] == 0
     assert read_truth(tmp_path / "known") == read_truth(copy / "truth")
     assert find(tmp_path / "ws", added["digest"]) is None
+    for out, known in (("same", "same"), ("n", "n/truth"), ("m/d", "m")):
+        code, _, err = cbd(capsys, "data", "checkout", added["tag"], "--out", str(tmp_path / out), "--truth", str(tmp_path / known), *place)
+        assert code == 2 and "write the truth beside the data set" in err and not (tmp_path / out).exists()
+
+
+def test_a_trusted_set_is_one_only_if_a_person_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [make_row(png(i), label=i % 2, original_path=f"{i}.png", source="trusted") for i in range(4)]
+    write_dataset(tmp_path / "set", to_batches(rows), class_names=["ant", "bee"], supplier="trusted")
+    place = ("--workspace", str(tmp_path / "ws"))
+    for flag in ((), ("--trusted",)):
+        cbd(capsys, "data", "add", str(tmp_path / "set"), *flag, *place)
+    assert [row["kind"] for row in cbd(capsys, "data", "list", *place)[1]["versions"]] == ["trusted set", "delivery"]
+    code, _, err = cbd(capsys, "data", "add", str(tmp_path / "set"), "--truth", str(tmp_path / "x"), *place)
+    assert code == 2 and "is no poisoned copy" in err
 
 
 def test_a_delivery_that_was_accepted_meanwhile_is_not_lost(tmp_path: Path, workspace: Path) -> None:

@@ -274,6 +274,13 @@ def test_the_page_shows_the_images_that_a_finding_is_about_and_loads_nothing(set
     assert "<script" not in page and "http" not in page.replace("http-equiv", "") and "Passed" in page
 
 
+def test_a_drift_shows_images_of_the_delivery_that_drifted(sets: Sets) -> None:
+    sets.rows = [row(i, i % 2)._replace(batch="old") for i in range(60)] + [row(100 + i, 1)._replace(batch="new") for i in range(60)]
+    sets.validate()
+    (check,) = [check for check in checks_of(sets) if check["column"] == "class_drift"]
+    assert check["examples"] == [row.sample_id for row in sets.rows[60:72]]
+
+
 def test_the_page_of_an_altered_data_set_says_so_and_shows_no_image(sets: Sets) -> None:
     sets.validate()
     shard = next((sets.folder / "data").glob("*.parquet"))

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import pytest
 from delivery_files import png
 
 from cbd.config import Poison
-from cbd.dataset import make_row, read_info, read_truth, to_batches, write_dataset
+from cbd.dataset import make_row, read_info, read_truth, to_batches, write_dataset, write_truth
 from cbd.errors import DataError, EnvironmentFault
 from components import registry as registry_module
 from components.poison import poison
-from components.registry import fetch, find, kind_of, slug, versions
-from components.version import version
+from components.registry import fetch, find, kind_of, of_delivery, slug, store, versions
+from components.version import version, version_trusted_set
 
 
 def make(folder: Path, first: int = 0) -> Path:
@@ -120,12 +121,13 @@ def poisoned(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_a_trusted_set_is_a_version_of_its_own_and_stored_first(tmp_path: Path) -> None:
     workspace = tmp_path / "ws"
-    told = version(make(tmp_path / "a"), workspace=str(workspace), supplier="acme", trusted_set=make(tmp_path / "b", 50), date="2026-01-31")
+    trusted = version_trusted_set(make(tmp_path / "b", 50), workspace=str(workspace), date="2026-01-31")
+    told = version(make(tmp_path / "a"), workspace=str(workspace), supplier="acme", date="2026-01-31")
     digest = read_info(tmp_path / "b").digest
-    assert told["trusted_tag"] == f"trusted/2026-01-31/{digest[:12]}"
-    assert [tag for tag, _ in versions(workspace)] == [told["trusted_tag"], told["tag"]]
+    assert trusted["tag"] == f"trusted/2026-01-31/{digest[:12]}"
+    assert [tag for tag, _ in versions(workspace)] == [trusted["tag"], told["tag"]]
     assert git(workspace / "registry", "show", f"{told['revision']}:trusted/set.json")
-    assert fetch(told["trusted_tag"], tmp_path / "out", workspace=workspace).digest == digest
+    assert fetch(trusted["tag"], tmp_path / "out", workspace=workspace).digest == digest
     assert find(workspace, digest) is None  # no run may learn from it
 
 
@@ -137,6 +139,33 @@ def test_a_poisoned_copy_is_stored_with_its_roles_and_parameters(tmp_path: Path)
     assert read_truth(tmp_path / "known") == read_truth(truth) and read_info(tmp_path / "out") == read_info(trial)
     with pytest.raises(DataError, match="stored with its roles and parameters"):
         version(trial, workspace=str(workspace), supplier="acme")
+    known = read_truth(truth)
+    assert known is not None
+    write_truth(tmp_path / "other", replace(known, target_label=1))
+    with pytest.raises(DataError, match="lies there with another truth"):
+        version(trial, workspace=str(workspace), supplier="acme", truth=tmp_path / "other")
+    write_truth(tmp_path / "alien", replace(known, sample_ids=["0" * 64, *known.sample_ids[1:]]))
+    with pytest.raises(DataError, match="is about other samples than"):
+        version(trial, workspace=str(workspace), supplier="acme", truth=tmp_path / "alien")
+
+
+def test_a_trial_that_lies_in_the_registry_as_a_delivery_as_well_keeps_its_truth(tmp_path: Path) -> None:
+    (trial, truth), workspace = poisoned(tmp_path), tmp_path / "ws"
+    store(trial, read_info(trial), of_delivery("acme", "2026-01-01"), workspace=workspace)
+    tag = version(trial, workspace=str(workspace), truth=truth)["tag"]
+    fetch(tag, tmp_path / "out", workspace=workspace, truth=tmp_path / "known")
+    assert read_truth(tmp_path / "known") == read_truth(truth)
+
+
+def test_a_malformed_sum_of_a_truth_is_told(tmp_path: Path) -> None:
+    (trial, truth), workspace = poisoned(tmp_path), tmp_path / "ws"
+    tag = version(trial, workspace=str(workspace), truth=truth)["tag"]
+    registry = workspace / "registry"
+    (registry / "poisoned" / "badnets.truth.json").write_text("{")
+    git(registry, "-c", "user.name=x", "-c", "user.email=x", "commit", "--quiet", "-am", "x")
+    git(registry, "-c", "user.name=x", "-c", "user.email=x", "tag", "-f", "-a", "-m", f"digest: {read_info(trial).digest}", tag)
+    with pytest.raises(DataError, match=r"badnets\.truth\.json under .* is malformed; restore the registry"):
+        fetch(tag, tmp_path / "out", workspace=workspace, truth=tmp_path / "known")
 
 
 @pytest.mark.parametrize("name", ["truth.json", "roles.parquet"])

@@ -4,13 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cbd.dataset import read_images, read_info, read_manifest
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cbd.dataset import read_batches, read_info
 from components.pages import View, absent, render
 from components.pages.delivery import picture
 from components.pages.text import clip, count, number, of, percent
 from components.summary import Run
 
 PAGE = "validation.html.j2"
+MOST = 60
+"""Images on the page."""
 
 
 def validation(run: Run) -> View:
@@ -29,7 +34,7 @@ def page(written: dict[str, Any], dataset: Path) -> str:
         dataset: the data set that was validated; of an altered one no image is shown.
     """
     intact = written["data_digest"] is not None
-    wanted = [sample for check in written["checks"] for sample in check["examples"]]
+    wanted = list(dict.fromkeys(sample for check in written["checks"] for sample in check["examples"]))[:MOST]
     about = read_info(dataset) if intact else None
     known = _images(dataset, wanted) if wanted else {}
     failed = [check for check in written["checks"] if not check["success"]]
@@ -50,19 +55,18 @@ def page(written: dict[str, Any], dataset: Path) -> str:
 
 def _images(dataset: Path, samples: list[str]) -> dict[str, View]:
     """Picture, label and path of the named samples; they were decoded with limits when they were taken in."""
-    names, pictures = read_info(dataset).class_names, read_images(dataset, samples)
-    manifest = read_manifest(dataset)
-    columns = (manifest[name].to_pylist() for name in ("sample_id", "label", "original_path", "source"))
-    return {
-        sample: {
-            "picture": picture(pictures.get(sample)),
-            "label": clip(names[label] if label is not None and 0 <= label < len(names) else label, 28),
-            "path": clip(path, 60),
-            "supplier": clip(supplier, 28),
-        }
-        for sample, label, path, supplier in zip(*columns, strict=True)
-        if sample in pictures
-    }
+    names, wanted, found = read_info(dataset).class_names, pa.array(sorted(samples), pa.string()), {}
+    columns = ["image", "sample_id", "label", "original_path", "source"]
+    for batch in read_batches(dataset, columns=columns, batch_rows=16):
+        for row in batch.filter(pc.is_in(batch["sample_id"], wanted)).to_pylist():
+            label = row["label"]
+            found[row["sample_id"]] = {
+                "picture": picture(row["image"]["bytes"]),
+                "label": clip(names[label] if label is not None and 0 <= label < len(names) else label, 28),
+                "path": clip(row["original_path"], 60),
+                "supplier": clip(row["source"], 28),
+            }
+    return found
 
 
 def _findings(told: dict[str, Any], written: dict[str, Any]) -> View:
