@@ -1,7 +1,6 @@
-"""The data registry: versions of data sets in a git repository, whose shards lie in a remote.
+"""The data registry: versions of data sets, and of models of honest data, in a git repository; their files lie in a remote.
 
-`dataset.json`, committed beside each pointer to shards, holds their SHA-256. Data sets of suppliers, trusted sets and poisoned copies have
-folders and tags of their own: no supplier's name makes a delivery look like another kind.
+Their description (`dataset.json`, `model.json`), committed beside each pointer to files, holds the SHA-256 of these.
 
 By default both lie in the workspace. `CBD_REGISTRY_GIT` names a git repository that the registry is cloned from and pushed to, and
 `CBD_REGISTRY_REMOTE` the address of the shards (s3://bucket/prefix), for workspaces that share them.
@@ -9,25 +8,25 @@ By default both lie in the workspace. `CBD_REGISTRY_GIT` names a git repository 
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from cbd.bundle import CARD, BundleCard, bundle_digest, read_card
 from cbd.dataset import INFO, DatasetInfo, read_truth, verify_dataset
 from cbd.errors import DataError, EnvironmentFault
 from cbd.files import disk_fault, replacing, sha256_file, write_json
 from components.git import follow, git, origin, publish
+from components.places import CONTROL, DELIVERY, FOLDERS, Place, kind_of
 from components.shard_store import bring, send, start, told_as_damage
 
 REMOTE = "CBD_REGISTRY_REMOTE"
-FOLDERS = {"delivery": "datasets", "trusted set": "trusted", "poisoned copy": "poisoned"}
 TRUTH = ".truth"
 """Added to the path of a poisoned copy: what is known of it."""
+Description = DatasetInfo | BundleCard
 ATTEMPTS = 5
 """At publishing a version, if others publish at the same time."""
 
@@ -36,39 +35,15 @@ class OlderVersion(DataError):
     """A data set whose format is no longer read."""
 
 
-class Place(NamedTuple):
-    """Where in the registry a data set belongs."""
-
-    path: str
-    """In the repository, without an ending."""
-    tag: str
-    """Before the first 12 digits of the digest."""
-
-
-def of_delivery(supplier: str, date: str) -> Place:
-    """The place of data sets from a supplier: what was taken in, for training."""
-    return Place(f"{FOLDERS['delivery']}/{slug(supplier)}", f"{date}/{slug(supplier)}")
-
-
-def of_trusted_set(date: str) -> Place:
-    """The place of trusted sets."""
-    return Place(f"{FOLDERS['trusted set']}/set", f"trusted/{date}")
-
-
-def of_poisoned_copy(attack: str, date: str) -> Place:
-    """The place of copies that were poisoned on purpose, each with its truth."""
-    return Place(f"{FOLDERS['poisoned copy']}/{slug(attack)}", f"poison@{slug(attack)}/{date}")
-
-
 class Version(NamedTuple):
-    """Where a data set lies in the registry: the commit and its tag."""
+    """Where something lies in the registry: the commit and its tag."""
 
     revision: str
     tag: str
 
 
-def store(dataset: Path, info: DatasetInfo, place: Place, *, workspace: Path, truth: Path | None = None) -> Version:
-    """The version under which the data set now lies in the workspace's registry, its shards in the remote; beside it its `truth`.
+def store(folder: Path, digest: str, place: Place, *, workspace: Path, truth: Path | None = None) -> Version:
+    """The version under which a data set or model of this digest now lies in the workspace's registry; beside it its `truth`.
 
     The data is in the remote before the commit, and the commit is there before the tag: a killed run leaves nothing that looks whole.
 
@@ -81,8 +56,8 @@ def store(dataset: Path, info: DatasetInfo, place: Place, *, workspace: Path, tr
     with _locked(workspace) as registry:
         for _ in range(ATTEMPTS):
             _open(workspace)
-            _check_truth(registry, _find(registry, info.digest, kind_of(place.tag)), place, truth)
-            stored = _find(registry, info.digest, kind_of(place.tag)) or _commit(registry, dataset, info, place, truth)
+            _check_truth(registry, _find(registry, digest, kind_of(place.tag)), place, truth)
+            stored = _find(registry, digest, kind_of(place.tag)) or _commit(registry, folder, digest, place, truth)
             if publish(registry, stored.tag):
                 return stored
         raise EnvironmentFault(f"{registry}: others keep publishing to {origin()}; run again")
@@ -93,11 +68,11 @@ def _check_truth(registry: Path, found: Version | None, place: Place, truth: Pat
         raise DataError(f"{found.tag}: lies there with another truth; a poisoned copy has one, poison another copy to correct it")
 
 
-def _commit(registry: Path, dataset: Path, info: DatasetInfo, place: Place, truth: Path | None) -> Version:
-    path, tag = Path(place.path), f"{place.tag}/{info.digest[:12]}"
+def _commit(registry: Path, folder: Path, digest: str, place: Place, truth: Path | None) -> Version:
+    path, tag = Path(place.path), f"{place.tag}/{digest[:12]}"
     (registry / path.parent).mkdir(exist_ok=True)
-    send(registry, dataset, path)
-    shutil.copyfile(dataset / INFO, registry / f"{path}.json")
+    send(registry, folder, path)
+    shutil.copyfile(folder / (CARD if kind_of(tag) == CONTROL else INFO), registry / f"{path}.json")
     git(registry, "add", "--", f"{path}.dvc", f"{path}.json")
     if truth is not None:
         known = f"{path}{TRUTH}"
@@ -105,15 +80,15 @@ def _commit(registry: Path, dataset: Path, info: DatasetInfo, place: Place, trut
         write_json(registry / f"{known}.json", _sums(truth))
         git(registry, "add", "--", f"{known}.dvc", f"{known}.json")
     if git(registry, "status", "--porcelain", "--untracked-files=no"):
-        git(registry, "commit", "--quiet", "--message", f"Take in {info.num_images} images\n\ndigest: {info.digest}")
-    git(registry, "tag", "--annotate", "--message", f"digest: {info.digest}", "--", tag)
+        git(registry, "commit", "--quiet", "--message", f"Store a {kind_of(tag)}\n\ndigest: {digest}")
+    git(registry, "tag", "--annotate", "--message", f"digest: {digest}", "--", tag)
     return Version(git(registry, "rev-parse", "HEAD"), tag)
 
 
 def find(workspace: Path, digest: str) -> Version | None:
     """The version of the supplier's data set with this digest; None if the registry has none."""
     registry = _current(workspace)
-    return _find(registry, digest, "delivery") if registry else None
+    return _find(registry, digest, DELIVERY) if registry else None
 
 
 def _find(registry: Path, digest: str, kind: str) -> Version | None:
@@ -123,8 +98,8 @@ def _find(registry: Path, digest: str, kind: str) -> Version | None:
     return None
 
 
-def versions(workspace: Path) -> list[tuple[str, DatasetInfo]]:
-    """Tag and description of every data set in the registry, the oldest first; those that an older version wrote are left out.
+def versions(workspace: Path) -> list[tuple[str, Description]]:
+    """Tag and description of all that is in the registry, the oldest first; data sets that an older version wrote are left out.
 
     Raises:
         DataError: the registry's description of one is malformed.
@@ -142,15 +117,8 @@ def versions(workspace: Path) -> list[tuple[str, DatasetInfo]]:
     return found
 
 
-def kind_of(tag: str) -> str:
-    """What lies under a tag: `delivery`, `trusted set` or `poisoned copy`."""
-    if tag.startswith("trusted/"):
-        return "trusted set"
-    return "poisoned copy" if tag.startswith("poison@") else "delivery"
-
-
-def fetch(tag: str, out: Path, *, workspace: Path, truth: Path | None = None) -> DatasetInfo:
-    """The description of the data set under `tag`, brought to `out` from the remote and verified; its truth is brought to `truth`.
+def fetch(tag: str, out: Path, *, workspace: Path, truth: Path | None = None) -> Description:
+    """The description of what lies under `tag`, which is brought to `out` from the remote and verified; its truth is brought to `truth`.
 
     Raises:
         DataError: no such tag, or an object in the remote is missing or altered, or there is no truth.
@@ -159,14 +127,15 @@ def fetch(tag: str, out: Path, *, workspace: Path, truth: Path | None = None) ->
     found = _described(registry, tag) if registry and tag in git(registry, "tag", "--list").splitlines() else None
     if registry is None or found is None:
         raise DataError(f"{workspace / 'registry'}: no data set is tagged {tag!r}; `cbd data list` shows all")
-    place, told = found
+    place, info = found
+    told = info.digest if isinstance(info, DatasetInfo) else _tagged_digest(registry, tag)
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(replacing(out))
         bring(registry, tag, place, temporary)
         with told_as_damage(tag, temporary):
-            info = verify_dataset(temporary)
-        if info.digest != told.digest:
-            raise DataError(f"{tag}: altered: the remote holds digest {info.digest[:12]}, the registry says {told.digest[:12]}")
+            digest = _digest_of(temporary, kind_of(tag))
+        if digest != told:
+            raise DataError(f"{tag}: altered: the remote holds digest {digest[:12]}, the registry says {told[:12]}")
         if truth is not None:
             _fetch_truth(registry, tag, f"{place}{TRUTH}", stack.enter_context(replacing(truth)))
     return info
@@ -179,7 +148,16 @@ def _fetch_truth(registry: Path, tag: str, path: str, out: Path) -> None:
     bring(registry, tag, path, out)
     if _sums(out) != known:
         raise DataError(f"{tag}: its truth in the remote is altered; restore the remote")
-    read_truth(out)
+    for one in [out] if any(path.is_file() for path in out.iterdir()) else out.iterdir():
+        read_truth(one)
+
+
+def _digest_of(folder: Path, kind: str) -> str:
+    """The digest of what lies in a folder, after it was verified."""
+    if kind != CONTROL:
+        return verify_dataset(folder).digest
+    read_card(folder)
+    return bundle_digest(folder)
 
 
 def _known_sums(registry: Path, tag: str, path: str) -> dict[str, str] | None:
@@ -194,48 +172,38 @@ def _known_sums(registry: Path, tag: str, path: str) -> dict[str, str] | None:
 
 
 def _sums(truth: Path) -> dict[str, str]:
-    """SHA-256 of every file of a truth, which is a flat folder."""
-    try:
-        return {path.name: sha256_file(path) for path in sorted(truth.iterdir())}
-    except OSError as error:
-        raise DataError(f"{truth}: no truth: {error.strerror}; give a folder that `cbd poison` wrote") from None
+    """SHA-256 of every file of a truth, or of a folder of several."""
+    return {path.relative_to(truth).as_posix(): sha256_file(path) for path in sorted(truth.rglob("*")) if path.is_file()}
 
 
-def _described(registry: Path, tag: str) -> tuple[str, DatasetInfo] | None:
-    """Path and description of the data set under `tag`; None if the tag is of something else."""
-    message = git(registry, "tag", "--list", "--format=%(contents:subject)", "--", tag)
-    digest = message.removeprefix("digest: ")
-    place = _place(registry, tag, digest)
+def _tagged_digest(registry: Path, tag: str) -> str:
+    return git(registry, "tag", "--list", "--format=%(contents:subject)", "--", tag).removeprefix("digest: ")
+
+
+def _described(registry: Path, tag: str) -> tuple[str, Description] | None:
+    """Path and description of what lies under `tag`; None if the tag is of something else."""
+    place = _place(registry, tag, _tagged_digest(registry, tag))
     if place is None:
         return None
     text = git(registry, "show", f"refs/tags/{tag}:{place}.json")
-    if '"schema_version": 1' in text or '"schema_version":1' in text:
+    if kind_of(tag) != CONTROL and ('"schema_version": 1' in text or '"schema_version":1' in text):
         raise OlderVersion(f"{tag}: was written by an older version; start a new --workspace and take its deliveries in again")
     try:
-        return place, DatasetInfo.model_validate_json(text)
+        return place, (BundleCard if kind_of(tag) == CONTROL else DatasetInfo).model_validate_json(text)
     except ValueError as error:
         raise DataError(f"{registry}: {place}.json under {tag} is malformed: {str(error).splitlines()[0]}; restore the registry") from None
 
 
 def _place(registry: Path, tag: str, digest: str) -> str | None:
-    """Path of the data set with this digest under `tag`, without an ending."""
+    """Path of what has this digest under `tag`, without an ending."""
     folder = FOLDERS[kind_of(tag)]
+    if kind_of(tag) == CONTROL:
+        return f"{folder}/{digest[:12]}"
     for name in git(registry, "ls-tree", "--name-only", f"refs/tags/{tag}", f"{folder}/").splitlines():
         described = name.endswith(".json") and not name.endswith(f"{TRUTH}.json")
         if described and f'"{digest}"' in git(registry, "show", f"refs/tags/{tag}:{name}"):
             return name.removesuffix(".json")
     return None
-
-
-def slug(supplier: str) -> str:
-    """The supplier's name as a safe part of paths and tags: lower-case letters, digits and dashes.
-
-    A name that lost something gets 8 hex digits of its SHA-256, and so does a name that ends like that: two suppliers never share one.
-    """
-    safe = re.sub(r"[^a-z0-9]+", "-", supplier.lower()).strip("-")[:40].strip("-")
-    if safe and safe == supplier and not re.search(r"-[0-9a-f]{8}$", safe):
-        return safe
-    return f"{safe or 'supplier'}-{hashlib.sha256(supplier.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
 def _current(workspace: Path) -> Path | None:

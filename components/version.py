@@ -1,34 +1,35 @@
 """Third step: the data set and the trusted set are committed to the data registry and tagged, their shards pushed to the remote."""
 
+import contextlib
 import datetime
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from kfp import dsl
 
+from cbd.bundle import bundle_digest, read_card
 from cbd.dataset import read_manifest, read_truth, verify_dataset
 from cbd.errors import DataError
+from components.places import of_canary, of_control, of_delivery, of_poisoned_copy, of_trusted_set
 from components.records import kfp_component
-from components.registry import of_delivery, of_poisoned_copy, of_trusted_set, store
+from components.registry import Version, store
 
 
 def version(
-    dataset: Path,
-    *,
-    workspace: str,
-    supplier: str | None = None,
-    truth: Path | None = None,
-    date: str | None = None,
+    dataset: Path, *, workspace: str, supplier: str | None = None, truths: Sequence[Path] = (), date: str | None = None
 ) -> dict[str, Any]:
     """Commit (`revision`), `tag` and `digest` of the data set in the workspace's data registry; the same digest is stored once.
 
-    A trial is a poisoned copy and is stored with its truth.
+    A trial is a poisoned copy and is stored with its truths.
 
     Args:
         dataset: folder of the data set.
         workspace: gets `registry/` (git and DVC) and `remote/` (the shards) if they are not there.
         supplier: names the tag `<date>/<supplier>/<first 12 of the digest>`, made safe; None takes the data set's own.
-        truth: folder with what is known about the poison; not looked at unless the data set is a trial.
+        truths: what is known about the poison, one folder for each attack; not looked at unless the data set is a trial.
         date: YYYY-MM-DD; by default today in UTC.
 
     Raises:
@@ -36,26 +37,69 @@ def version(
         EnvironmentFault: the registry or the remote cannot be written.
     """
     info, day = verify_dataset(dataset), date or _today()
-    place = of_poisoned_copy(_attack_on(dataset, truth), day) if info.trial else of_delivery(supplier or info.supplier, day)
-    stored = store(dataset, info, place, workspace=Path(workspace), truth=truth if info.trial else None)
-    return {"revision": stored.revision, "tag": stored.tag, "digest": info.digest}
+    if not info.trial:
+        return _told(store(dataset, info.digest, of_delivery(supplier or info.supplier, day), workspace=Path(workspace)), info.digest)
+    place = of_poisoned_copy("-".join(_attacks_on(dataset, truths)), day)
+    with _in_one(truths) as truth:
+        return _told(store(dataset, info.digest, place, workspace=Path(workspace), truth=truth), info.digest)
+
+
+def version_canary(dataset: Path, *, workspace: str, truths: Sequence[Path], date: str | None = None) -> dict[str, Any]:
+    """As `version`, of a poisoned copy that shows what a test can see; its tag is `canary/<date>/<first 12 of the digest>`."""
+    info = verify_dataset(dataset)
+    if not info.trial:
+        raise DataError(f"{dataset}: is no canary, for no attack was put in; make one with `cbd poison`")
+    _attacks_on(dataset, truths)
+    with _in_one(truths) as truth:
+        return _told(store(dataset, info.digest, of_canary(date or _today()), workspace=Path(workspace), truth=truth), info.digest)
 
 
 def version_trusted_set(trusted_set: Path, *, workspace: str, date: str | None = None) -> dict[str, Any]:
     """As `version`, of a trusted set; its tag is `trusted/<date>/<first 12 of the digest>`."""
     info = verify_dataset(trusted_set)
-    stored = store(trusted_set, info, of_trusted_set(date or _today()), workspace=Path(workspace))
-    return {"revision": stored.revision, "tag": stored.tag, "digest": info.digest}
+    if info.trial:
+        raise DataError(f"{trusted_set}: was poisoned on purpose, which no trusted set is; add it with its truth")
+    return _told(store(trusted_set, info.digest, of_trusted_set(date or _today()), workspace=Path(workspace)), info.digest)
 
 
-def _attack_on(dataset: Path, truth: Path | None) -> str:
-    """The attack that made a trial; raises DataError unless the truth is about these samples."""
-    known = read_truth(truth) if truth else None
-    if known is None:
+def version_control(bundle: Path, *, workspace: str, date: str | None = None) -> dict[str, Any]:
+    """As `version`, of a model of honest data; its tag is `control/<date>/<first 12 of the digest>`."""
+    card = read_card(bundle)
+    if card.trial or card.kind == "confounder":
+        raise DataError(
+            f"{bundle}: no clean control: {'a confounder' if card.kind == 'confounder' else 'of poisoned data'}; train on trusted data"
+        )
+    digest = bundle_digest(bundle)
+    return _told(store(bundle, digest, of_control(digest, date or _today()), workspace=Path(workspace)), digest)
+
+
+def _told(stored: Version, digest: str) -> dict[str, Any]:
+    return {"revision": stored.revision, "tag": stored.tag, "digest": digest}
+
+
+def _attacks_on(dataset: Path, truths: Sequence[Path]) -> list[str]:
+    """The attacks that made a trial; raises DataError unless each truth is about samples of it."""
+    known = [read_truth(truth) for truth in truths]
+    if not known or None in known:
         raise DataError("a trial is stored with its roles and parameters; give the folder that `cbd poison` wrote with --truth")
-    if sorted(known.sample_ids) != sorted(read_manifest(dataset)["sample_id"].to_pylist()):
-        raise DataError(f"{truth}: is about other samples than {dataset}; give the truth that was written with it")
-    return known.attack
+    samples = set(read_manifest(dataset)["sample_id"].to_pylist())
+    for truth, one in zip(truths, known, strict=True):
+        marked = one.samples_with("poison", "cover") if one else set()
+        if not marked or not marked <= samples:
+            raise DataError(f"{truth}: is about other samples than {dataset}; give the truth that was written with it")
+    return [one.attack for one in known if one]
+
+
+@contextlib.contextmanager
+def _in_one(truths: Sequence[Path]) -> Iterator[Path]:
+    """The truth, or a folder of several, numbered in their order."""
+    if len(truths) == 1:
+        yield truths[0]
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for number, truth in enumerate(truths, 1):
+            shutil.copytree(truth, Path(folder) / str(number))
+        yield Path(folder)
 
 
 def _today() -> str:
@@ -90,5 +134,5 @@ def version_step(
 
     with step(records, "version") as outputs:
         outputs["trusted_tag"] = version_trusted_set(Path(trusted_set.path), workspace=workspace)["tag"]
-        outputs |= version(Path(dataset.path), workspace=workspace, supplier=supplier, truth=Path(truth.path))
+        outputs |= version(Path(dataset.path), workspace=workspace, supplier=supplier, truths=[Path(truth.path)])
         Path(revision).write_text(outputs["revision"])

@@ -89,14 +89,18 @@ def reject(names: Sequence[str], workspace: Path, *, run: str | None, by: str, r
 
 
 def versions(workspace: Path) -> dict[str, Any]:
-    """Every version of a data set in the registry, the latest first."""
-    from components.registry import kind_of
+    """Every version in the registry, the latest first."""
+    from cbd.dataset import DatasetInfo
+    from components.places import POISONED, kind_of
     from components.registry import versions as known
 
     rows = []
-    for tag, info in reversed(known(workspace)):
-        about = {"tag": tag, "kind": "poisoned copy" if info.trial else kind_of(tag), "num_images": info.num_images}
-        rows.append(about | {"num_classes": len(info.class_names), "supplier": info.supplier, "digest": info.digest})
+    for tag, about in reversed(known(workspace)):
+        row = {"tag": tag, "kind": kind_of(tag), "num_images": None, "num_classes": len(about.class_names), "supplier": None}
+        if isinstance(about, DatasetInfo):
+            row |= {"num_images": about.num_images, "supplier": about.supplier, "digest": about.digest}
+            row |= {"kind": POISONED} if about.trial and kind_of(tag) == "delivery" else {}
+        rows.append(row)
     return {"versions": rows}
 
 
@@ -126,28 +130,35 @@ def diff(old: str, new: str, workspace: Path) -> dict[str, Any]:
 
 
 def checkout(version: str, out: Path, workspace: Path, *, truth: Path | None) -> dict[str, Any]:
-    """The description of a version's data set, which this brings to `out`, and what is known of its poison to `truth`."""
+    """What was brought to `out`, and what is known of its poison to `truth`."""
+    from cbd.bundle import bundle_digest
+    from cbd.dataset import DatasetInfo
     from components.registry import fetch
 
     if truth is not None and (out.resolve() in (truth.resolve(), *truth.resolve().parents) or truth.resolve() in out.resolve().parents):
         raise ConfigError(f"--truth {truth}: lies in --out {out}, or holds it; write the truth beside the data set")
-    info = fetch(version, out, workspace=workspace, truth=truth)
-    return {"out": str(out), "truth": str(truth) if truth else None, "num_images": info.num_images, "digest": info.digest}
+    about = fetch(version, out, workspace=workspace, truth=truth)
+    told = {"num_images": about.num_images, "digest": about.digest} if isinstance(about, DatasetInfo) else {"digest": bundle_digest(out)}
+    return {"out": str(out), "truth": str(truth) if truth else None} | told
 
 
-def add(dataset: Path, workspace: Path, *, truth: Path | None, trusted: bool) -> dict[str, Any]:
-    """The version under which a data set lies in the registry from now on; no run learns from it unless its delivery is accepted."""
+def add(folder: Path, workspace: Path, *, kind: str | None, truths: Sequence[Path]) -> dict[str, Any]:
+    """The version under which something lies in the registry from now on; no run learns from it by that.
+
+    Raises:
+        ConfigError: truths of what is not poisoned on purpose.
+        DataError: it is missing, altered or no such thing.
+    """
     from cbd.dataset import read_info
-    from components.version import version, version_trusted_set
+    from components import version
 
-    trial = read_info(dataset).trial
-    if truth is not None and not trial:
-        raise ConfigError(f"--truth {truth}: {dataset} is no poisoned copy; only those are kept with their truth")
-    if trusted and trial:
-        raise ConfigError(f"--trusted: {dataset} was poisoned on purpose; add it with its --truth")
-    if trusted:
-        return version_trusted_set(dataset, workspace=str(workspace))
-    return version(dataset, workspace=str(workspace), truth=truth)
+    poisoned = kind == "canary" or (kind is None and read_info(folder).trial)
+    if truths and not poisoned:
+        raise ConfigError(f"--truth {truths[0]}: {folder} is no poisoned copy; only those are kept with their truth")
+    if poisoned:
+        return (version.version_canary if kind else version.version)(folder, workspace=str(workspace), truths=truths)
+    store = {"trusted": version.version_trusted_set, "control": version.version_control, None: version.version}[kind]
+    return store(folder, workspace=str(workspace))
 
 
 def _counts(images: list[tuple[str, str, str]]) -> dict[str, Any]:

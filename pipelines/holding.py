@@ -123,16 +123,16 @@ def checkout(version: str, out: Path, truth: Path | None, workspace: Path, as_js
 
 
 @data.command()
-@click.argument("dataset", type=click.Path(path_type=Path))
-@click.option("--truth", type=click.Path(path_type=Path), help="What is known of a poisoned copy, as `cbd poison` wrote it.")
-@click.option("--trusted", is_flag=True, help="It is a trusted set.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--kind", type=click.Choice(["trusted", "canary", "control"]), help="By default a delivery, or a poisoned copy.")
+@click.option("--truth", "truths", type=click.Path(path_type=Path), multiple=True, help="As `cbd poison` wrote it; one for each attack.")
 @workspace_option
 @as_json
-def add(dataset: Path, truth: Path | None, trusted: bool, workspace: Path, as_json: bool) -> int:
-    """Keeps a data set that `cbd ingest` or `cbd poison` wrote as a version of its own; no run learns from it by that."""
+def add(folder: Path, kind: str | None, truths: tuple[Path, ...], workspace: Path, as_json: bool) -> int:
+    """Keeps FOLDER, a data set or a model of honest data (a control), as a version of its own; no run learns from it by that."""
     from pipelines import held
 
-    return tell(held.add(dataset, workspace, truth=truth, trusted=trusted), as_json, f"cbd data list{_place(workspace)}")
+    return tell(held.add(folder, workspace, kind=kind, truths=truths), as_json, f"cbd data list{_place(workspace)}")
 
 
 def _place(workspace: Path) -> str:

@@ -8,14 +8,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from delivery_files import LIMITS, encode, pixels, places, png, write_classes
 
 from cbd.audit import LOG, append, ensure_key, verify_log
+from cbd.bundle import BundleCard, bundle_digest
 from cbd.dataset import make_row, read_info, read_manifest, read_truth, to_batches, write_dataset
 from cbd.errors import DataError
+from cbd.models import make_model, save_bundle
 from components import quarantine
 from components.ingest import IngestOptions, ingest
-from components.registry import find, of_delivery, store
+from components.places import of_delivery
+from components.registry import find, store
 from components.tracking import registered_name
 from pipelines import cli
 
@@ -36,7 +40,7 @@ def deliver(workspace: Path, delivery: Path, run_id: str, *, verdict: str | None
     told = ingest(str(delivery), str(trusted), outputs=places(out), params=LIMITS, options=given)
     if verdict:
         key, info = ensure_key(workspace), read_info(out / "dataset")
-        store(out / "dataset", info, of_delivery("acme", "2026-11-25"), workspace=workspace)
+        store(out / "dataset", info.digest, of_delivery("acme", "2026-11-25"), workspace=workspace)
         digests = {"data": told["digest"], "trusted": told["trusted_digest"], "model": "0" * 64}
         about = {"run_id": run_id, "decision_digest": hashlib.sha256(run_id.encode()).hexdigest()}
         append(workspace / LOG, "decision", {**about, "digests": digests, "trial": False, "verdict": verdict}, key=key)
@@ -366,11 +370,25 @@ def test_a_trusted_set_is_one_only_if_a_person_says_so(tmp_path: Path, capsys: p
     rows = [make_row(png(i), label=i % 2, original_path=f"{i}.png", source="trusted") for i in range(4)]
     write_dataset(tmp_path / "set", to_batches(rows), class_names=["ant", "bee"], supplier="trusted")
     place = ("--workspace", str(tmp_path / "ws"))
-    for flag in ((), ("--trusted",)):
+    for flag in ((), ("--kind", "trusted")):
         cbd(capsys, "data", "add", str(tmp_path / "set"), *flag, *place)
     assert [row["kind"] for row in cbd(capsys, "data", "list", *place)[1]["versions"]] == ["trusted set", "delivery"]
     code, _, err = cbd(capsys, "data", "add", str(tmp_path / "set"), "--truth", str(tmp_path / "x"), *place)
     assert code == 2 and "is no poisoned copy" in err
+
+
+def test_a_model_of_honest_data_is_kept_listed_and_brought_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model("wrn-16-1", num_classes=2, image_size=8, generator=torch.Generator().manual_seed(0))
+    about = {"kind": "undefended", "architecture": "wrn-16-1", "class_names": ("a", "b"), "image_size": 8, "data_digest": "0" * 64}
+    save_bundle(model, BundleCard(**about, params={}, seed=0, trial=False, weights_sha256=""), tmp_path / "model")
+    place = ("--workspace", str(tmp_path / "ws"))
+    _, added, _ = cbd(capsys, "data", "add", str(tmp_path / "model"), "--kind", "control", *place)
+    (listed,) = cbd(capsys, "data", "list", *place)[1]["versions"]
+    assert (listed["tag"], listed["kind"], listed["num_images"]) == (added["tag"], "clean control", None)
+    _, told, _ = cbd(capsys, "data", "checkout", added["tag"], "--out", str(tmp_path / "out"), *place)
+    assert told["digest"] == added["digest"] == bundle_digest(tmp_path / "out")
+    code, _, err = cbd(capsys, "data", "add", str(tmp_path / "model"), *place)
+    assert code == 2 and "dataset.json" in err
 
 
 def test_a_delivery_that_was_accepted_meanwhile_is_not_lost(tmp_path: Path, workspace: Path) -> None:

@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from delivery_files import png
 
+from cbd.bundle import BundleCard, bundle_digest
 from cbd.config import Poison
 from cbd.dataset import make_row, read_info, read_truth, to_batches, write_dataset, write_truth
 from cbd.errors import DataError, EnvironmentFault
+from cbd.models import make_model, save_bundle
 from components import registry as registry_module
+from components.places import kind_of, of_delivery, slug
 from components.poison import poison
-from components.registry import fetch, find, kind_of, of_delivery, slug, store, versions
-from components.version import version, version_trusted_set
+from components.registry import fetch, find, store, versions
+from components.version import version, version_canary, version_control, version_trusted_set
 
 
 def make(folder: Path, first: int = 0) -> Path:
@@ -133,7 +137,7 @@ def test_a_trusted_set_is_a_version_of_its_own_and_stored_first(tmp_path: Path) 
 
 def test_a_poisoned_copy_is_stored_with_its_roles_and_parameters(tmp_path: Path) -> None:
     (trial, truth), workspace = poisoned(tmp_path), tmp_path / "ws"
-    told = version(trial, workspace=str(workspace), supplier="acme", truth=truth, date="2026-01-31")
+    told = version(trial, workspace=str(workspace), supplier="acme", truths=[truth], date="2026-01-31")
     assert told["tag"] == f"poison@badnets/2026-01-31/{told['digest'][:12]}"
     fetch(told["tag"], tmp_path / "out", workspace=workspace, truth=tmp_path / "known")
     assert read_truth(tmp_path / "known") == read_truth(truth) and read_info(tmp_path / "out") == read_info(trial)
@@ -143,23 +147,68 @@ def test_a_poisoned_copy_is_stored_with_its_roles_and_parameters(tmp_path: Path)
     assert known is not None
     write_truth(tmp_path / "other", replace(known, target_label=1))
     with pytest.raises(DataError, match="lies there with another truth"):
-        version(trial, workspace=str(workspace), supplier="acme", truth=tmp_path / "other")
-    write_truth(tmp_path / "alien", replace(known, sample_ids=["0" * 64, *known.sample_ids[1:]]))
+        version(trial, workspace=str(workspace), supplier="acme", truths=[tmp_path / "other"])
+    write_truth(tmp_path / "alien", replace(known, sample_ids=["0" * 64] * len(known.sample_ids)))
     with pytest.raises(DataError, match="is about other samples than"):
-        version(trial, workspace=str(workspace), supplier="acme", truth=tmp_path / "alien")
+        version(trial, workspace=str(workspace), supplier="acme", truths=[tmp_path / "alien"])
 
 
 def test_a_trial_that_lies_in_the_registry_as_a_delivery_as_well_keeps_its_truth(tmp_path: Path) -> None:
     (trial, truth), workspace = poisoned(tmp_path), tmp_path / "ws"
-    store(trial, read_info(trial), of_delivery("acme", "2026-01-01"), workspace=workspace)
-    tag = version(trial, workspace=str(workspace), truth=truth)["tag"]
+    store(trial, read_info(trial).digest, of_delivery("acme", "2026-01-01"), workspace=workspace)
+    tag = version(trial, workspace=str(workspace), truths=[truth])["tag"]
     fetch(tag, tmp_path / "out", workspace=workspace, truth=tmp_path / "known")
     assert read_truth(tmp_path / "known") == read_truth(truth)
 
 
+def test_a_canary_of_two_attacks_is_stored_with_both_truths(tmp_path: Path) -> None:
+    (first, truth), workspace = poisoned(tmp_path), tmp_path / "ws"
+    section = Poison(attack="blend", poison_rate=0.17, target_label=1)
+    poison(first, tmp_path / "both", truth=tmp_path / "second", params=section, seed=0, before=truth)
+    truths = [truth, tmp_path / "second"]
+    told = version_canary(tmp_path / "both", workspace=str(workspace), truths=truths, date="2026-01-31")
+    assert told["tag"] == f"canary/2026-01-31/{told['digest'][:12]}"
+    fetch(told["tag"], tmp_path / "out", workspace=workspace, truth=tmp_path / "known")
+    assert [read_truth(tmp_path / "known" / number) for number in "12"] == [read_truth(one) for one in truths]
+    copy = version(tmp_path / "both", workspace=str(workspace), truths=truths, date="2026-01-31")
+    assert copy["tag"].startswith("poison@badnets-blend/2026-01-31/") and len(versions(workspace)) == 2
+    with pytest.raises(DataError, match="is no canary, for no attack was put in"):
+        version_canary(tmp_path / "clean", workspace=str(workspace), truths=[])
+
+
+def bundle(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A model that was trained on nothing."""
+    model = make_model("wrn-16-1", num_classes=2, image_size=8, generator=torch.Generator().manual_seed(seed))
+    about = {"kind": "undefended", "architecture": "wrn-16-1", "class_names": ("a", "b"), "image_size": 8, "data_digest": "0" * 64}
+    save_bundle(model, BundleCard(**{**about, "params": {}, "seed": seed, "trial": False, "weights_sha256": "", **changes}), folder)
+    return folder
+
+
+def test_clean_controls_lie_beside_each_other_and_come_back_verified(tmp_path: Path) -> None:
+    workspace = tmp_path / "ws"
+    tags = [version_control(bundle(tmp_path / f"m{i}", i), workspace=str(workspace), date="2026-01-31")["tag"] for i in range(2)]
+    assert [tag for tag, _ in versions(workspace)] == tags and all(kind_of(tag) == "clean control" for tag in tags)
+    assert git(workspace / "registry", "ls-files", "controls/*.dvc").count("\n") == 1
+    fetch(tags[0], tmp_path / "out", workspace=workspace)
+    assert bundle_digest(tmp_path / "out") == bundle_digest(tmp_path / "m0")
+    weights = (tmp_path / "m1" / "model.safetensors").read_bytes()
+    stored = next(path for path in (workspace / "remote").rglob("*") if path.is_file() and path.read_bytes() == weights)
+    stored.chmod(0o644)
+    stored.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(DataError, match="altered"):
+        fetch(tags[1], tmp_path / "other", workspace=workspace)
+
+
+@pytest.mark.parametrize("changes", [{"trial": True}, {"kind": "confounder"}])
+def test_a_model_of_poisoned_data_or_a_confounder_is_no_control(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no clean control"):
+        version_control(bundle(tmp_path / "m", **changes), workspace=str(tmp_path / "ws"))
+    assert not (tmp_path / "ws").exists()
+
+
 def test_a_malformed_sum_of_a_truth_is_told(tmp_path: Path) -> None:
     (trial, truth), workspace = poisoned(tmp_path), tmp_path / "ws"
-    tag = version(trial, workspace=str(workspace), truth=truth)["tag"]
+    tag = version(trial, workspace=str(workspace), truths=[truth])["tag"]
     registry = workspace / "registry"
     (registry / "poisoned" / "badnets.truth.json").write_text("{")
     git(registry, "-c", "user.name=x", "-c", "user.email=x", "commit", "--quiet", "-am", "x")
@@ -171,7 +220,7 @@ def test_a_malformed_sum_of_a_truth_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["truth.json", "roles.parquet"])
 def test_a_truth_that_was_altered_in_the_remote_is_refused(name: str, tmp_path: Path) -> None:
     (trial, truth), workspace = poisoned(tmp_path), tmp_path / "ws"
-    tag = version(trial, workspace=str(workspace), truth=truth)["tag"]
+    tag = version(trial, workspace=str(workspace), truths=[truth])["tag"]
     stored = next(path for path in (workspace / "remote").rglob("*") if path.is_file() and path.read_bytes() == (truth / name).read_bytes())
     stored.chmod(0o644)
     stored.write_bytes(stored.read_bytes().replace(b"badnets", b"blended") if name == "truth.json" else b"PAR1")
