@@ -256,14 +256,16 @@ def read_manifest(folder: Path) -> pa.Table:
     return pa.Table.from_batches(batches, pa.schema([plain.field(name) for name in columns]))
 
 
+def read_samples(folder: Path, sample_ids: Iterable[str], *, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The named samples as they are stored, one at a time, in the order of the data set; an id that is not in it is left out."""
+    wanted = pa.array(sorted(set(sample_ids)), pa.string())
+    for batch in read_batches(folder, columns=columns):
+        yield from batch.filter(pc.is_in(batch["sample_id"], wanted)).to_pylist()
+
+
 def read_images(folder: Path, sample_ids: Iterable[str]) -> dict[str, bytes]:
     """The original bytes of the named samples, by sample id; an id that is not in the data set has no entry."""
-    wanted = pa.array(sorted(set(sample_ids)), pa.string())
-    found: dict[str, bytes] = {}
-    for batch in read_batches(folder, columns=["image", "sample_id"]):
-        hits = batch.filter(pc.is_in(batch["sample_id"], wanted))
-        found.update(zip(hits["sample_id"].to_pylist(), hits["image"].field("bytes").to_pylist(), strict=True))
-    return found
+    return {row["sample_id"]: row["image"]["bytes"] for row in read_samples(folder, sample_ids, columns=["image", "sample_id"])}
 
 
 def load_samples(folder: Path, *, image_size: int) -> Samples:

@@ -169,15 +169,14 @@ def _list_tar(archive: tarfile.TarFile, limit: int) -> Archive:
         elif not info.isreg() or info.issparse():
             refusal = Refused("not-a-file", "a device, pipe or sparse file")
         listed.append((info.name, info.size if info.isreg() else 0, refusal, _TarMember(archive, info)))
-    with open(str(archive.name), "rb") as file:
-        file.seek(archive.offset)
-        part = file.read(_CHUNK)
-        if len(part) < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError(f"cut off after {len(listed)} members")
-        while part:
-            if part.strip(b"\0"):
-                raise tarfile.ReadError(f"no member and no end after {len(listed)} members, at byte {archive.offset}")
-            part = file.read(_CHUNK)
+    file, end_bytes = cast(IO[bytes], archive.fileobj), 0
+    file.seek(archive.offset)
+    while part := file.read(_CHUNK):
+        end_bytes += len(part)
+        if part.strip(b"\0"):
+            raise tarfile.ReadError(f"no member and no end after {len(listed)} members, at byte {archive.offset}")
+    if end_bytes < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"cut off after {len(listed)} members")
     return _listing(listed, limit)
 
 

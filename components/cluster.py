@@ -46,7 +46,7 @@ def schedule_on(address: str) -> tuple[Schedule, int]:
     decode = ray.remote(num_cpus=1)(_decode)
 
     def schedule(asked: Asked, source: str, limits: Ingest) -> Pending[list[Outcome]]:
-        return _Task(decode.remote(asked, source, limits.model_dump()), address)
+        return _Task(decode.remote(asked, source, limits), address)
 
     return schedule, max(1, int(ray.cluster_resources().get("CPU", 1)))
 
@@ -88,6 +88,6 @@ class _Task:
         return ray.cancel(self.reference)
 
 
-def _decode(asked: Asked, source: str, limits: dict[str, Any]) -> list[Outcome]:
+def _decode(asked: Asked, source: str, limits: Ingest) -> list[Outcome]:
     """On a machine of the cluster."""
-    return schedule_here(asked, source, Ingest(**limits), workers=1).result()
+    return schedule_here(asked, source, limits, workers=1).result()

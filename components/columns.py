@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from cbd.config import Validation
-from cbd.dataset import DatasetInfo, read_batches, read_manifest
+from cbd.dataset import DatasetInfo, read_manifest, read_samples
 from cbd.images import Pixels, Refused, decode, extension_matches
 from components.lookalikes import MIN_ENTROPY, lookalikes
 from components.patches import repeated_patches
@@ -119,13 +117,11 @@ def add_patches(frame: Any, dataset: Path, info: DatasetInfo, limits: Validation
     shuffled = frame[frame["label_is_known"] & frame["sample_id"].notna()].sample(frac=1, random_state=0)
     chosen = shuffled.groupby("label").head(most)
     label_of = dict(zip(chosen["sample_id"], chosen["label"], strict=True))
-    wanted = pa.array(sorted(label_of), pa.string())
 
     def images() -> Iterator[tuple[Pixels, int]]:
-        for batch in read_batches(dataset, columns=["image", "sample_id"]):
-            for row in batch.filter(pc.is_in(batch["sample_id"], wanted)).to_pylist():
-                with contextlib.suppress(Refused):
-                    yield decode(row["image"]["bytes"], max_pixels=MAX_PIXELS).pixels, label_of[row["sample_id"]]
+        for row in read_samples(dataset, label_of, columns=["image", "sample_id"]):
+            with contextlib.suppress(Refused):
+                yield decode(row["image"]["bytes"], max_pixels=MAX_PIXELS).pixels, label_of[row["sample_id"]]
 
     found = repeated_patches(images(), num_classes=len(info.class_names))
     share = {patch.label: patch.share for patch in found}

@@ -51,6 +51,15 @@ def kind_of(tag: str) -> str:
     return next((kind for prefix, kind in _PREFIXES.items() if tag.startswith(prefix)), DELIVERY)
 
 
+def path_of(tag: str) -> str | None:
+    """Where in the repository lies what has this tag; None for a tag of no such form."""
+    kind, parts = kind_of(tag), tag.split("/")
+    if len(parts) != 3:
+        return None
+    name = {DELIVERY: parts[1], POISONED: parts[0].partition("@")[2], CONTROL: parts[2]}.get(kind, "set")
+    return f"{FOLDERS[kind]}/{name}"
+
+
 def slug(supplier: str) -> str:
     """The supplier's name as a safe part of paths and tags: lower-case letters, digits and dashes.
 

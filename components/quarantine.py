@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cbd.audit import LOG, append, ensure_key, load_public_key, verify_log
 from cbd.config import Ingest
-from cbd.dataset import read_batches, read_info
+from cbd.dataset import read_info, read_samples
 from cbd.errors import DataError
 from cbd.files import replacing
 from components.decoding import decode_files
@@ -121,20 +120,19 @@ def send(dataset: Path, sample_ids: Sequence[str], workspace: Path, *, run_id: s
     Raises:
         DataError: an id is not in the data set.
     """
-    names, wanted = read_info(dataset).class_names, pa.array(sorted(set(sample_ids)), pa.string())
+    names, wanted = read_info(dataset).class_names, sorted(set(sample_ids))
     known, found = {row["id"] for row in _rows(workspace, ["id"])}, {}
 
     def rows() -> Iterator[dict[str, Any]]:
-        for batch in read_batches(dataset):
-            for row in batch.filter(pc.is_in(batch["sample_id"], wanted)).to_pylist():
-                found[row["sample_id"]] = row["pixel_digest"]
-                if row["sample_id"] not in known:
-                    about = {"id": row["sample_id"], "supplier": row["source"], "first_seen": _now(), "run_id": run_id, "model": model}
-                    about |= {"original_path": row["original_path"], "label_name": names[row["label"]], "num_bytes": row["num_bytes"]}
-                    yield about | {"reason": REJECTED, "detail": "was accepted once", "image": row["image"]["bytes"]}
+        for row in read_samples(dataset, wanted):
+            found[row["sample_id"]] = row["pixel_digest"]
+            if row["sample_id"] not in known:
+                about = {"id": row["sample_id"], "supplier": row["source"], "first_seen": _now(), "run_id": run_id, "model": model}
+                about |= {"original_path": row["original_path"], "label_name": names[row["label"]], "num_bytes": row["num_bytes"]}
+                yield about | {"reason": REJECTED, "detail": "was accepted once", "image": row["image"]["bytes"]}
 
-    _write(workspace / STORE / f"{run_id}-{_digest(*wanted.to_pylist())[:12]}.parquet", rows())
-    if strays := sorted(set(sample_ids) - set(found)):
+    _write(workspace / STORE / f"{run_id}-{_digest(*wanted)[:12]}.parquet", rows())
+    if strays := sorted(set(wanted) - set(found)):
         raise DataError(f"{strays[0]}: no image of {dataset} has this sample id; `cbd suspects RUN` lists them")
     return found
 

@@ -13,14 +13,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cbd.bundle import CARD, BundleCard, bundle_digest, read_card
 from cbd.dataset import INFO, DatasetInfo, read_truth, verify_dataset
 from cbd.errors import DataError, EnvironmentFault
 from cbd.files import disk_fault, replacing, sha256_file, write_json
 from components.git import follow, git, origin, publish
-from components.places import CONTROL, DELIVERY, FOLDERS, Place, kind_of
+from components.places import CONTROL, DELIVERY, Place, kind_of, path_of
 from components.shard_store import bring, send, start, told_as_damage
 
 REMOTE = "CBD_REGISTRY_REMOTE"
@@ -56,16 +56,13 @@ def store(folder: Path, digest: str, place: Place, *, workspace: Path, truth: Pa
     with _locked(workspace) as registry:
         for _ in range(ATTEMPTS):
             _open(workspace)
-            _check_truth(registry, _find(registry, digest, kind_of(place.tag)), place, truth)
-            stored = _find(registry, digest, kind_of(place.tag)) or _commit(registry, folder, digest, place, truth)
+            found = _find(registry, digest, kind_of(place.tag))
+            if found and truth and _known_sums(registry, found.tag, place.path) != _sums(truth):
+                raise DataError(f"{found.tag}: lies there with another truth; a poisoned copy has one, poison another copy to correct it")
+            stored = found or _commit(registry, folder, digest, place, truth)
             if publish(registry, stored.tag):
                 return stored
         raise EnvironmentFault(f"{registry}: others keep publishing to {origin()}; run again")
-
-
-def _check_truth(registry: Path, found: Version | None, place: Place, truth: Path | None) -> None:
-    if found and truth and _known_sums(registry, found.tag, f"{place.path}{TRUTH}") != _sums(truth):
-        raise DataError(f"{found.tag}: lies there with another truth; a poisoned copy has one, poison another copy to correct it")
 
 
 def _commit(registry: Path, folder: Path, digest: str, place: Place, truth: Path | None) -> Version:
@@ -93,7 +90,7 @@ def find(workspace: Path, digest: str) -> Version | None:
 
 def _find(registry: Path, digest: str, kind: str) -> Version | None:
     for tag in git(registry, "tag", "--list", f"*/{digest[:12]}").splitlines():
-        if kind_of(tag) == kind and git(registry, "tag", "--list", "--format=%(contents:subject)", "--", tag) == f"digest: {digest}":
+        if kind_of(tag) == kind and _tagged_digest(registry, tag) == digest:
             return Version(git(registry, "rev-parse", f"{tag}^{{commit}}"), tag)
     return None
 
@@ -127,25 +124,25 @@ def fetch(tag: str, out: Path, *, workspace: Path, truth: Path | None = None) ->
     found = _described(registry, tag) if registry and tag in git(registry, "tag", "--list").splitlines() else None
     if registry is None or found is None:
         raise DataError(f"{workspace / 'registry'}: no data set is tagged {tag!r}; `cbd data list` shows all")
-    place, info = found
-    told = info.digest if isinstance(info, DatasetInfo) else _tagged_digest(registry, tag)
+    path, about = found
+    told = _tagged_digest(registry, tag)
     with contextlib.ExitStack() as stack:
         temporary = stack.enter_context(replacing(out))
-        bring(registry, tag, place, temporary)
+        bring(registry, tag, path, temporary)
         with told_as_damage(tag, temporary):
             digest = _digest_of(temporary, kind_of(tag))
         if digest != told:
             raise DataError(f"{tag}: altered: the remote holds digest {digest[:12]}, the registry says {told[:12]}")
         if truth is not None:
-            _fetch_truth(registry, tag, f"{place}{TRUTH}", stack.enter_context(replacing(truth)))
-    return info
+            _fetch_truth(registry, tag, path, stack.enter_context(replacing(truth)))
+    return about
 
 
 def _fetch_truth(registry: Path, tag: str, path: str, out: Path) -> None:
     known = _known_sums(registry, tag, path)
     if known is None:
         raise DataError(f"{tag}: no truth is stored with it; only poisoned copies have one")
-    bring(registry, tag, path, out)
+    bring(registry, tag, f"{path}{TRUTH}", out)
     if _sums(out) != known:
         raise DataError(f"{tag}: its truth in the remote is altered; restore the remote")
     for one in [out] if any(path.is_file() for path in out.iterdir()) else out.iterdir():
@@ -161,13 +158,13 @@ def _digest_of(folder: Path, kind: str) -> str:
 
 
 def _known_sums(registry: Path, tag: str, path: str) -> dict[str, str] | None:
-    """SHA-256 of the files of the truth at `path`, as committed; None if there is none."""
-    if f"{path}.json" not in git(registry, "ls-tree", "-r", "--name-only", f"refs/tags/{tag}").splitlines():
+    """SHA-256 of the files of the truth of what lies at `path`, as committed; None if there is none."""
+    if (text := _committed(registry, tag, f"{path}{TRUTH}.json")) is None:
         return None
     try:
-        known: dict[str, str] = json.loads(git(registry, "show", f"refs/tags/{tag}:{path}.json"))
+        known: dict[str, str] = json.loads(text)
     except ValueError:
-        raise DataError(f"{registry}: {path}.json under {tag} is malformed; restore the registry") from None
+        raise DataError(f"{registry}: {path}{TRUTH}.json under {tag} is malformed; restore the registry") from None
     return known
 
 
@@ -176,34 +173,38 @@ def _sums(truth: Path) -> dict[str, str]:
     return {path.relative_to(truth).as_posix(): sha256_file(path) for path in sorted(truth.rglob("*")) if path.is_file()}
 
 
-def _tagged_digest(registry: Path, tag: str) -> str:
-    return git(registry, "tag", "--list", "--format=%(contents:subject)", "--", tag).removeprefix("digest: ")
+def _tagged_digest(registry: Path, tag: str) -> str | None:
+    """The digest of what lies under a tag of ours; None for a tag of somebody else."""
+    message = git(registry, "tag", "--list", "--format=%(contents:subject)", "--", tag)
+    return message.removeprefix("digest: ") if message.startswith("digest: ") else None
+
+
+def _committed(registry: Path, tag: str, path: str) -> str | None:
+    """The text of a file under a tag; None if there is none."""
+    if not git(registry, "ls-tree", "--name-only", f"refs/tags/{tag}", "--", path):
+        return None
+    return git(registry, "show", f"refs/tags/{tag}:{path}")
 
 
 def _described(registry: Path, tag: str) -> tuple[str, Description] | None:
     """Path and description of what lies under `tag`; None if the tag is of something else."""
-    place = _place(registry, tag, _tagged_digest(registry, tag))
-    if place is None:
+    path, digest = path_of(tag), _tagged_digest(registry, tag)
+    text = _committed(registry, tag, f"{path}.json") if path and digest else None
+    if path is None or text is None:
         return None
-    text = git(registry, "show", f"refs/tags/{tag}:{place}.json")
-    if kind_of(tag) != CONTROL and ('"schema_version": 1' in text or '"schema_version":1' in text):
-        raise OlderVersion(f"{tag}: was written by an older version; start a new --workspace and take its deliveries in again")
-    try:
-        return place, (BundleCard if kind_of(tag) == CONTROL else DatasetInfo).model_validate_json(text)
-    except ValueError as error:
-        raise DataError(f"{registry}: {place}.json under {tag} is malformed: {str(error).splitlines()[0]}; restore the registry") from None
-
-
-def _place(registry: Path, tag: str, digest: str) -> str | None:
-    """Path of what has this digest under `tag`, without an ending."""
-    folder = FOLDERS[kind_of(tag)]
     if kind_of(tag) == CONTROL:
-        return f"{folder}/{digest[:12]}"
-    for name in git(registry, "ls-tree", "--name-only", f"refs/tags/{tag}", f"{folder}/").splitlines():
-        described = name.endswith(".json") and not name.endswith(f"{TRUTH}.json")
-        if described and f'"{digest}"' in git(registry, "show", f"refs/tags/{tag}:{name}"):
-            return name.removesuffix(".json")
-    return None
+        return path, _parsed(BundleCard, text, registry, f"{path}.json under {tag}")
+    if '"schema_version": 1' in text or '"schema_version":1' in text:
+        raise OlderVersion(f"{tag}: was written by an older version; start a new --workspace and take its deliveries in again")
+    info = _parsed(DatasetInfo, text, registry, f"{path}.json under {tag}")
+    return (path, info) if info.digest == digest else None
+
+
+def _parsed(kind: type[Any], text: str, registry: Path, told: str) -> Any:
+    try:
+        return kind.model_validate_json(text)
+    except ValueError as error:
+        raise DataError(f"{registry}: {told} is malformed: {str(error).splitlines()[0]}; restore the registry") from None
 
 
 def _current(workspace: Path) -> Path | None:

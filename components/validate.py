@@ -38,8 +38,8 @@ def validate(dataset: Path, out: Path, *, trusted_set: Path, limits: Validation)
     try:
         info, trusted_info = verify_dataset(dataset), verify_dataset(trusted_set)
     except DataError as error:
-        checks = [{"name": "shards_match_description", "column": None, "severity": "critical", "success": False, "sentence": str(error)}]
-        checks[0]["examples"] = []
+        check = {"name": "shards_match_description", "column": None, "severity": "critical", "success": False}
+        checks = [check | {"sentence": str(error), "examples": []}]
         digests: dict[str, Any] = {"data_digest": None, "trusted_digest": None, "num_images": None}
         patches = []
     else:

@@ -13,9 +13,9 @@ from kfp import dsl
 from cbd.bundle import bundle_digest, read_card
 from cbd.dataset import read_manifest, read_truth, verify_dataset
 from cbd.errors import DataError
-from components.places import of_canary, of_control, of_delivery, of_poisoned_copy, of_trusted_set
+from components.places import Place, of_canary, of_control, of_delivery, of_poisoned_copy, of_trusted_set
 from components.records import kfp_component
-from components.registry import Version, store
+from components.registry import store
 
 
 def version(
@@ -38,10 +38,8 @@ def version(
     """
     info, day = verify_dataset(dataset), date or _today()
     if not info.trial:
-        return _told(store(dataset, info.digest, of_delivery(supplier or info.supplier, day), workspace=Path(workspace)), info.digest)
-    place = of_poisoned_copy("-".join(_attacks_on(dataset, truths)), day)
-    with _in_one(truths) as truth:
-        return _told(store(dataset, info.digest, place, workspace=Path(workspace), truth=truth), info.digest)
+        return _keep(dataset, info.digest, of_delivery(supplier or info.supplier, day), workspace)
+    return _keep(dataset, info.digest, of_poisoned_copy("-".join(_attacks_on(dataset, truths)), day), workspace, truths)
 
 
 def version_canary(dataset: Path, *, workspace: str, truths: Sequence[Path], date: str | None = None) -> dict[str, Any]:
@@ -50,8 +48,7 @@ def version_canary(dataset: Path, *, workspace: str, truths: Sequence[Path], dat
     if not info.trial:
         raise DataError(f"{dataset}: is no canary, for no attack was put in; make one with `cbd poison`")
     _attacks_on(dataset, truths)
-    with _in_one(truths) as truth:
-        return _told(store(dataset, info.digest, of_canary(date or _today()), workspace=Path(workspace), truth=truth), info.digest)
+    return _keep(dataset, info.digest, of_canary(date or _today()), workspace, truths)
 
 
 def version_trusted_set(trusted_set: Path, *, workspace: str, date: str | None = None) -> dict[str, Any]:
@@ -59,7 +56,7 @@ def version_trusted_set(trusted_set: Path, *, workspace: str, date: str | None =
     info = verify_dataset(trusted_set)
     if info.trial:
         raise DataError(f"{trusted_set}: was poisoned on purpose, which no trusted set is; add it with its truth")
-    return _told(store(trusted_set, info.digest, of_trusted_set(date or _today()), workspace=Path(workspace)), info.digest)
+    return _keep(trusted_set, info.digest, of_trusted_set(date or _today()), workspace)
 
 
 def version_control(bundle: Path, *, workspace: str, date: str | None = None) -> dict[str, Any]:
@@ -70,10 +67,12 @@ def version_control(bundle: Path, *, workspace: str, date: str | None = None) ->
             f"{bundle}: no clean control: {'a confounder' if card.kind == 'confounder' else 'of poisoned data'}; train on trusted data"
         )
     digest = bundle_digest(bundle)
-    return _told(store(bundle, digest, of_control(digest, date or _today()), workspace=Path(workspace)), digest)
+    return _keep(bundle, digest, of_control(digest, date or _today()), workspace)
 
 
-def _told(stored: Version, digest: str) -> dict[str, Any]:
+def _keep(folder: Path, digest: str, place: Place, workspace: str, truths: Sequence[Path] = ()) -> dict[str, Any]:
+    with _in_one(truths) as truth:
+        stored = store(folder, digest, place, workspace=Path(workspace), truth=truth)
     return {"revision": stored.revision, "tag": stored.tag, "digest": digest}
 
 
@@ -91,10 +90,10 @@ def _attacks_on(dataset: Path, truths: Sequence[Path]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _in_one(truths: Sequence[Path]) -> Iterator[Path]:
-    """The truth, or a folder of several, numbered in their order."""
-    if len(truths) == 1:
-        yield truths[0]
+def _in_one(truths: Sequence[Path]) -> Iterator[Path | None]:
+    """The truth, a folder of several, numbered in their order, or None."""
+    if len(truths) < 2:
+        yield truths[0] if truths else None
         return
     with tempfile.TemporaryDirectory() as folder:
         for number, truth in enumerate(truths, 1):

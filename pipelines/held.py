@@ -91,7 +91,7 @@ def reject(names: Sequence[str], workspace: Path, *, run: str | None, by: str, r
 def versions(workspace: Path) -> dict[str, Any]:
     """Every version in the registry, the latest first."""
     from cbd.dataset import DatasetInfo
-    from components.places import POISONED, kind_of
+    from components.places import DELIVERY, POISONED, kind_of
     from components.registry import versions as known
 
     rows = []
@@ -99,7 +99,7 @@ def versions(workspace: Path) -> dict[str, Any]:
         row = {"tag": tag, "kind": kind_of(tag), "num_images": None, "num_classes": len(about.class_names), "supplier": None}
         if isinstance(about, DatasetInfo):
             row |= {"num_images": about.num_images, "supplier": about.supplier, "digest": about.digest}
-            row |= {"kind": POISONED} if about.trial and kind_of(tag) == "delivery" else {}
+            row |= {"kind": POISONED} if about.trial and kind_of(tag) == DELIVERY else {}
         rows.append(row)
     return {"versions": rows}
 

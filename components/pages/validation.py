@@ -1,13 +1,11 @@
 """What validation found, as a section of the report and as a page of its own with the first images that each finding is about."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from cbd.dataset import read_batches, read_info
+from cbd.dataset import read_info, read_samples
 from components.pages import View, absent, render
 from components.pages.delivery import picture
 from components.pages.text import clip, count, number, of, percent
@@ -33,10 +31,9 @@ def page(written: dict[str, Any], dataset: Path) -> str:
         written: what stands in `validation.json`.
         dataset: the data set that was validated; of an altered one no image is shown.
     """
-    intact = written["data_digest"] is not None
     wanted = list(dict.fromkeys(sample for check in written["checks"] for sample in check["examples"]))[:MOST]
-    about = read_info(dataset) if intact else None
-    known = _images(dataset, wanted) if wanted else {}
+    about = read_info(dataset) if written["data_digest"] else None
+    known = _images(dataset, wanted, about.class_names) if about else {}
     failed = [check for check in written["checks"] if not check["success"]]
     shown = [
         {
@@ -53,19 +50,17 @@ def page(written: dict[str, Any], dataset: Path) -> str:
     return render({"validation": _findings(written, written), "failed": shown} | facts, PAGE)
 
 
-def _images(dataset: Path, samples: list[str]) -> dict[str, View]:
+def _images(dataset: Path, samples: list[str], names: Sequence[str]) -> dict[str, View]:
     """Picture, label and path of the named samples; they were decoded with limits when they were taken in."""
-    names, wanted, found = read_info(dataset).class_names, pa.array(sorted(samples), pa.string()), {}
-    columns = ["image", "sample_id", "label", "original_path", "source"]
-    for batch in read_batches(dataset, columns=columns, batch_rows=16):
-        for row in batch.filter(pc.is_in(batch["sample_id"], wanted)).to_pylist():
-            label = row["label"]
-            found[row["sample_id"]] = {
-                "picture": picture(row["image"]["bytes"]),
-                "label": clip(names[label] if label is not None and 0 <= label < len(names) else label, 28),
-                "path": clip(row["original_path"], 60),
-                "supplier": clip(row["source"], 28),
-            }
+    found = {}
+    for row in read_samples(dataset, samples, columns=["image", "sample_id", "label", "original_path", "source"]):
+        label = row["label"]
+        found[row["sample_id"]] = {
+            "picture": picture(row["image"]["bytes"]),
+            "label": clip(names[label] if label is not None and 0 <= label < len(names) else label, 28),
+            "path": clip(row["original_path"], 60),
+            "supplier": clip(row["source"], 28),
+        }
     return found
 
 
