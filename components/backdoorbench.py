@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from cbd.config import Ingest
-from cbd.dataset import read_info, read_rows, read_truth
+from cbd.dataset import read_info, read_rows
 from cbd.errors import ConfigError, DataError
 from cbd.files import replacing
 from cbd.images import decode, encode_png
+from cbd.truth import read_truth
 from components.delivery import read_delivery
 from components.exchange import PICKLES, UNKNOWN, Given, write_delivery
 

@@ -9,9 +9,10 @@ from kfp import dsl
 from cbd.attacks import make_attack
 from cbd.bundle import CARD, bundle_digest
 from cbd.config import Gate
-from cbd.dataset import Truth, load_samples, read_info, read_truth
+from cbd.dataset import load_samples, read_info
 from cbd.errors import DataError
 from cbd.files import replacing, write_json
+from cbd.truth import Truth, read_truth
 from components.records import kfp_component, progress
 from components.train_deconfounded import EVIDENCE, read_separation
 

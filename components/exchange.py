@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from cbd.dataset import Truth, write_truth
 from cbd.errors import ConfigError, DataError
 from cbd.files import replacing
 from cbd.images import encode_png
+from cbd.truth import Truth, write_truth
 from components.tables import Table
 
 UNKNOWN = "imported"

@@ -19,9 +19,10 @@ import numpy.typing as npt
 from kfp import dsl
 
 from cbd.config import Ingest, Poison
-from cbd.dataset import DatasetInfo, read_info, read_truth, write_dataset, write_truth
+from cbd.dataset import DatasetInfo, read_info, write_dataset
 from cbd.errors import DataError
 from cbd.files import replacing, write_json
+from cbd.truth import read_truth, write_truth
 from components.accepted import Earlier, decided, read_earlier
 from components.delivery import read_delivery
 from components.intake import Intake, Summary, take_in

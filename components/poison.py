@@ -11,9 +11,10 @@ import numpy.typing as npt
 from cbd.attacks import Attack, attack_class, configure
 from cbd.attacks.poisoning import Goal, choose_cover, choose_poison
 from cbd.config import AttackName, Poison
-from cbd.dataset import Row, Truth, make_row, read_info, read_manifest, read_rows, read_truth, to_batches, write_dataset, write_truth
+from cbd.dataset import Row, make_row, read_info, read_manifest, read_rows, to_batches, write_dataset
 from cbd.errors import ConfigError, DataError
 from cbd.images import decode, encode_png, resize
+from cbd.truth import Truth, read_truth, write_truth
 from components.records import progress
 
 CHUNK = 2048

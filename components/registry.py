@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cbd.bundle import CARD, BundleCard, bundle_digest, read_card
-from cbd.dataset import INFO, DatasetInfo, read_truth, verify_dataset
+from cbd.dataset import INFO, DatasetInfo, verify_dataset
 from cbd.errors import DataError, EnvironmentFault
 from cbd.files import disk_fault, replacing, sha256_file, write_json
+from cbd.truth import read_truth
 from components.git import follow, git, origin, publish
 from components.places import CONTROL, DELIVERY, Place, kind_of, path_of
 from components.shard_store import bring, send, start, told_as_damage

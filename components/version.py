@@ -11,8 +11,9 @@ from typing import Any
 from kfp import dsl
 
 from cbd.bundle import bundle_digest, read_card
-from cbd.dataset import read_manifest, read_truth, verify_dataset
+from cbd.dataset import read_manifest, verify_dataset
 from cbd.errors import DataError
+from cbd.truth import read_truth
 from components.places import Place, of_canary, of_control, of_delivery, of_poisoned_copy, of_trusted_set
 from components.records import kfp_component
 from components.registry import store

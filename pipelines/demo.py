@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from cbd.attacks.badnets import BadNets
 from cbd.config import Params
-from cbd.dataset import Truth, write_truth
 from cbd.errors import EnvironmentFault
 from cbd.files import replacing
 from cbd.images import encode_png
+from cbd.truth import Truth, write_truth
 from pipelines.damages import DAMAGES, HONEST_DAMAGES
 
 NUM_TRUSTED_PER_CLASS = 70

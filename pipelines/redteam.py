@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cbd.config import Params, Poison, canonical_json
-from cbd.dataset import DatasetInfo, Truth
+from cbd.dataset import DatasetInfo
 from cbd.errors import ConfigError
 from cbd.files import replacing, write_json
+from cbd.truth import Truth
 from components.records import progress
 from pipelines.options import BASELINES
 from pipelines.redteam_row import SECONDS, groups_of, row_of
@@ -156,7 +157,7 @@ def _train_baseline(source: Path, model: Path, trial: Trial, *, truths: list[Tru
 
 def _train(source: Path, trial: Trial, out: Path, copies: Sequence[Path] = ()) -> Path:
     """The folder with `model` (and `confounder`, `evidence` under a defence) and `seconds.json`."""
-    from cbd.dataset import read_truth
+    from cbd.truth import read_truth
     from components.train_confounder import train_confounder
     from components.train_deconfounded import train_deconfounded
     from components.train_undefended import train_undefended

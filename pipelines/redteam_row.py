@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cbd.dataset import Samples, Truth
+from cbd.dataset import Samples
 from cbd.errors import ConfigError, DataError
+from cbd.truth import Truth
 from components.summary import read_object
 
 COLUMNS = ("attack", "preset", "seed", "poison_rate", "target_label", "ca", "asr", "excess_asr", "robust_accuracy", "der")
@@ -54,8 +55,9 @@ def row_of(
         groups: int64 [N], number of the group of each trusted image; None: rates by group are not asked for.
     """
     from cbd.bundle import read_card
-    from cbd.dataset import load_samples, read_truth
+    from cbd.dataset import load_samples
     from cbd.evaluate import defence_effectiveness
+    from cbd.truth import read_truth
 
     truths = [truth for copy in copies if (truth := read_truth(copy / "truth"))]
     samples = load_samples(trusted_set, image_size=read_card(trained / "model").image_size)

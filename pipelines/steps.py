@@ -108,7 +108,8 @@ def evaluate(model: str, trusted: str, *, params: Params, truth: Path | None, ou
         DataError: no such model or images, or they do not fit together.
     """
     from cbd.bundle import read_card
-    from cbd.dataset import INFO, read_truth
+    from cbd.dataset import INFO
+    from cbd.truth import read_truth
     from components.evaluate import EVALUATION, Compared
     from components.evaluate import evaluate as measure
     from components.tracking import fetch_model

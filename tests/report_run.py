@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from cbd.config import canonical_json
-from cbd.dataset import Truth, make_row, to_batches, write_dataset, write_truth
+from cbd.dataset import make_row, to_batches, write_dataset
 from cbd.files import write_json
 from cbd.rates import rate
+from cbd.truth import Truth, write_truth
 
 CLASSES = ("zero", "one", "two", "three")
 POISONED = 12

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cbd.dataset import read_truth
 from cbd.images import Refused, decode
+from cbd.truth import read_truth
 from pipelines.demo import DemoData, load_scans, write_demo_data
 
 

@@ -14,7 +14,7 @@ from cbd.attacks.badnets import BadNets
 from cbd.attacks.poisoning import Goal
 from cbd.bundle import BundleCard, bundle_digest
 from cbd.config import AttackName, Gate, Poison
-from cbd.dataset import make_row, read_info, read_truth, to_batches, write_dataset
+from cbd.dataset import make_row, read_info, to_batches, write_dataset
 from cbd.errors import DataError
 from cbd.evaluate import (
     BATTERY,
@@ -31,6 +31,7 @@ from cbd.evaluate import (
 )
 from cbd.measurements import read_evaluation
 from cbd.models import make_model, save_bundle
+from cbd.truth import read_truth
 from components.evaluate import Compared, evaluate
 from components.poison import poison
 

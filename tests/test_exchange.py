@@ -12,7 +12,8 @@ import pytest
 from delivery_files import LIMITS, encode, pixels, places, png, write_classes
 
 from cbd.config import Poison
-from cbd.dataset import read_manifest, read_truth
+from cbd.dataset import read_manifest
+from cbd.truth import read_truth
 from components.backdoorbench import export_backdoorbench, import_backdoorbench
 from components.exchange import UNKNOWN
 from components.ingest import IngestOptions, ingest

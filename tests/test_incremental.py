@@ -13,9 +13,10 @@ from delivery_files import LIMITS, encode, pixels, places, png, write_classes
 
 from cbd.audit import LOG, append, ensure_key, verify_log
 from cbd.bundle import BundleCard, bundle_digest
-from cbd.dataset import make_row, read_info, read_manifest, read_truth, to_batches, write_dataset
+from cbd.dataset import make_row, read_info, read_manifest, to_batches, write_dataset
 from cbd.errors import DataError
 from cbd.models import make_model, save_bundle
+from cbd.truth import read_truth
 from components import quarantine
 from components.ingest import IngestOptions, ingest
 from components.places import of_delivery

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cbd.config import Ingest, Poison
-from cbd.dataset import Truth, read_batches, read_manifest, read_rows, read_truth, verify_dataset, write_dataset, write_truth
+from cbd.dataset import read_batches, read_manifest, read_rows, verify_dataset, write_dataset
 from cbd.errors import DataError, EnvironmentFault
+from cbd.truth import Truth, read_truth, write_truth
 from components.ingest import IngestOptions, ingest, ingest_step
 
 COUNTS = {"ant": 4, "bee": 4}

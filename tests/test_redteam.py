@@ -135,7 +135,7 @@ def test_threat_models_and_other_defences_have_rows_too(place: Path, capsys: pyt
 @pytest.mark.usefixtures("torch_one_thread")
 def test_a_second_supplier_poisons_beside_the_first(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from cbd.config import Poison
-    from cbd.dataset import read_truth
+    from cbd.truth import read_truth
     from components.poison import poison
 
     run(place, capsys, "--attacks", "badnets", "--presets", "none")

@@ -16,9 +16,10 @@ from delivery_files import png
 
 from cbd.bundle import BundleCard, bundle_digest
 from cbd.config import Poison
-from cbd.dataset import make_row, read_info, read_truth, to_batches, write_dataset, write_truth
+from cbd.dataset import make_row, read_info, to_batches, write_dataset
 from cbd.errors import DataError, EnvironmentFault
 from cbd.models import make_model, save_bundle
+from cbd.truth import read_truth, write_truth
 from components import registry as registry_module
 from components.places import kind_of, of_delivery, slug
 from components.poison import poison

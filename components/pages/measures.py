@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from cbd.dataset import Truth, read_truth
 from cbd.evidence import MAX_P_VALUE
+from cbd.truth import Truth, read_truth
 from components.charts import axis, histogram, interval, lines, nice
 from components.pages import View, absent
 from components.pages.text import ABSENT, bounds, clip, count, number, of, percent
