@@ -10,7 +10,6 @@ from delivery_files import pixels, png
 
 from cbd.dataset import (
     Row,
-    Truth,
     load_samples,
     make_row,
     read_batches,
@@ -18,13 +17,12 @@ from cbd.dataset import (
     read_info,
     read_manifest,
     read_rows,
-    read_truth,
     to_batches,
     verify_dataset,
     write_dataset,
-    write_truth,
 )
 from cbd.errors import DataError
+from cbd.truth import Truth, read_truth, write_truth
 
 NAMES = ["ant", "bee", 'c"\n☃']
 
