@@ -126,6 +126,8 @@ class Deconfounded(Section):
     """Side of one random square set to grey, in pixels at 32 pixels image side."""
     noise: float = Field(default=0.3, ge=0, le=1)
     """Each image is mixed with uniform noise by a share of up to this, so that harmless damage turns fewer predictions."""
+    noise_unseparated: float = Field(default=0.15, ge=0, le=1)
+    """The same where stage 1 looked and nothing separated: noise costs clean accuracy."""
     weight: Literal["none", "formula", "isolation"] = "isolation"
     """`none`: plain training. `formula`: w = l_b / (l_b + l_c) per batch. `isolation`: max(0, 1 - 2 * posterior of the suspects' group)."""
     confounder_view: Literal["augmented", "stored"] = "stored"

@@ -23,7 +23,7 @@ class Evidence:
     """What stage 1 found, as stage 2 uses it; all on the device of the images."""
 
     confounder: Network | None
-    """None: only its losses and weights are known, and no dependence on it can be measured."""
+    """None: it looked and nothing separated, so it holds nothing that the model should be made independent of."""
     losses: Tensor
     """float32 [N]: the confounder's losses."""
     weights: Tensor
@@ -60,6 +60,7 @@ def train_deconfounded(
         on_epoch: called after every epoch.
     """
     settings, num = params.deconfounded, len(labels)
+    noise = settings.noise_unseparated if evidence is not None and evidence.confounder is None else settings.noise
     generator = torch.Generator().manual_seed(params.seed + 2)
     model = make_model(params.model.architecture, num_classes=num_classes, image_size=params.model.image_size, generator=generator)
     model.to(images.device).train()
@@ -85,7 +86,7 @@ def train_deconfounded(
             done = (session.epoch + step / steps) / settings.epochs
             set_learning_rate(optimizers["sgd"], learning_rate(settings, done))
             crop, cutout = params.model.scaled(settings.crop), params.model.scaled(settings.cutout)
-            view = augment(images[chosen], crop=crop, flip=settings.flip, cutout=cutout, noise=settings.noise, generator=generator)
+            view = augment(images[chosen], crop=crop, flip=settings.flip, cutout=cutout, noise=noise, generator=generator)
             with autocast(images.device):
                 logits, embedding = (output.float() for output in model(view))
             batch = Batch(chosen, labels[chosen], view, logits, embedding, session.tables["weight"], done)

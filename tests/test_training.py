@@ -130,6 +130,21 @@ def test_each_term_of_the_loss_changes_the_weights(tmp_path: Path, change: dict[
     assert not torch.equal(*heads)
 
 
+@pytest.mark.parametrize(("setting", "separated"), [("noise", True), ("noise_unseparated", False)])
+def test_noise_is_that_of_its_own_setting_whether_or_not_something_separated(tmp_path: Path, setting: str, separated: bool) -> None:
+    images, labels = bars(64, 0)
+    network = make_model("wrn-16-1", num_classes=4, image_size=16, generator=torch.Generator()).eval() if separated else None
+    heads = {}
+    for changed in ("nothing", "noise", "noise_unseparated"):
+        settings = params(**({} if changed == "nothing" else {changed: 0.5}), mi_weight=0.0)
+        evidence = Evidence(network, torch.ones(64), torch.ones(64))
+        made = train_deconfounded(images, labels, evidence, num_classes=4, params=settings, checkpoint=tmp_path / changed, on_epoch=quiet)
+        heads[changed] = made.model.head.weight
+    other = "noise_unseparated" if separated else "noise"
+    assert torch.equal(heads["nothing"], heads[other])
+    assert not torch.equal(heads["nothing"], heads[setting])
+
+
 def test_the_learning_rate_follows_both_schedules() -> None:
     step = Deconfounded(learning_rate=0.1, schedule="step")
     assert [learning_rate(step, done) for done in (0, 0.19, 0.2, 0.69, 0.7)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
