@@ -38,6 +38,8 @@ class Ingest(Section):
     """A class with fewer accepted images makes the delivery unusable."""
     max_trusted_overlap: float = Field(default=0.01, ge=0, le=1)
     """Largest share of the trusted set that may be exact copies from the delivery."""
+    trusted_images: int = Field(default=0, ge=0)
+    """Use only so many images of the trusted set, the same number of each class as far as it goes; 0 for all."""
     shard_images: int = Field(default=10_000, gt=0)
     """Images per Parquet shard of the data set."""
 
@@ -152,6 +154,22 @@ class Deconfounded(Section):
     """Weight of the mean squared norm of the embedding z."""
 
 
+Family = Literal["patch", "blend", "sinusoid", "warp"]
+
+
+class Canary(Section):
+    """The pipeline's own positive control: a second training on the data with known triggers put in, whose model is never promoted."""
+
+    every: int = Field(default=1, ge=0)
+    """Train one in every so many decided runs of the same configuration, and reuse it in between; 0 is never."""
+    families: tuple[Family, ...] = ("patch", "blend", "sinusoid", "warp")
+    """Trigger families that are put in, each with a target class and settings of its own, drawn from the data's digest and the seed."""
+    share: float = Field(default=0.01, gt=0, lt=0.2)
+    """Share of the data set that each family poisons."""
+    min_images: int = Field(default=50, gt=0)
+    """Or so many images, if that is more; of clean-label poison at most half of its class."""
+
+
 class Gate(Section):
     """The policy by which measurements become a verdict."""
 
@@ -177,6 +195,14 @@ class Gate(Section):
     """Non-inferiority margin of clean accuracy against the champion."""
     class_margin: float = Field(default=0.05, gt=0, lt=1)
     """REVIEW if some class is significantly worse than the champion by more than this."""
+    max_followed: float = Field(default=0.10, gt=0, lt=1)
+    """REVIEW if the upper bound of the share of suspects with doubtful labels that the model follows is over this."""
+    required_canaries: tuple[Family, ...] = ("patch", "blend")
+    """INVALID if stage 1 was blind to one of these families in the canary."""
+    min_canary_seen: float = Field(default=0.8, gt=0, lt=1)
+    """Stage 1 sees a family if the lower bound of the share that it found, or of the ASR of the confounder, is at least this."""
+    max_canary_asr: float = Field(default=0.10, gt=0, lt=1)
+    """REVIEW if the upper bound of a family's excess ASR on the canary's deconfounded model is over this."""
 
 
 class Poison(Section):
@@ -208,6 +234,7 @@ class Params(Section):
     model: Model = Model()
     confounder: Confounder = Confounder()
     deconfounded: Deconfounded = Deconfounded()
+    canary: Canary = Canary()
     gate: Gate
     poison: Poison = Poison()
 

@@ -1,7 +1,6 @@
 """What is measured on the trusted set: clean accuracy, known triggers, and where the truth is known, attack success."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,9 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from cbd.attacks import Attack, Images
-from cbd.attacks.badnets import BadNets, scaled, stamp_patch
-from cbd.attacks.blend import Blend
 from cbd.attacks.poisoning import Goal
+from cbd.battery import BATTERY, harmless
 from cbd.models import Network
 from cbd.rates import Rate, rate
 from cbd.training import predict
@@ -19,51 +17,6 @@ from cbd.training import predict
 Labels = NDArray[np.int64]
 NULL_IMAGES = 2000
 """The harmless members of a family are tried on at most so many images."""
-
-
-@dataclass(frozen=True)
-class Trigger:
-    """A known trigger of the battery."""
-
-    name: str
-    family: str
-    attack: Attack
-
-
-@dataclass(frozen=True)
-class RandomPatch(Attack):
-    """A harmless member of the patch family: random pixels [3, 3, 3] of 32x32, scaled like the patches, at a random place."""
-
-    seed: int
-
-    def stamp(self, images: Images) -> Images:
-        """Copies of `images` (uint8 [N, 3, H, W]) with the patch."""
-        generator = np.random.default_rng(self.seed)
-        patch = scaled(generator.integers(0, 256, (3, 3, 3), np.uint8), images.shape[-2:])
-        side = patch.shape[-1]
-        return stamp_patch(
-            images,
-            patch,
-            place=(int(generator.integers(images.shape[2] - side + 1)), int(generator.integers(images.shape[3] - side + 1))),
-        )
-
-
-BATTERY: tuple[Trigger, ...] = (
-    Trigger("white-top-left", "patch", BadNets("white", "top-left")),
-    Trigger("white-top-right", "patch", BadNets("white", "top-right")),
-    Trigger("white-bottom-left", "patch", BadNets("white", "bottom-left")),
-    Trigger("white-bottom-right", "patch", BadNets("white", "bottom-right")),
-    Trigger("white-centre", "patch", BadNets("white", "centre")),
-    Trigger("checker-bottom-right", "patch", BadNets("checker", "bottom-right")),
-    Trigger("blend-0.1", "blend-0.1", Blend(0.1)),
-    Trigger("blend-0.2", "blend-0.2", Blend(0.2)),
-)
-
-
-def harmless(family: str, count: int, *, seed: int) -> list[Attack]:
-    """Random members of a trigger family at the same strength, which no supplier has trained into the model."""
-    seeds = [seed * 1_000_003 + 1 + index for index in range(count)]
-    return [RandomPatch(s) if family == "patch" else Blend(float(family.split("-")[1]), seed=s) for s in seeds]
 
 
 def predictions(model: Network, images: Images) -> Labels:

@@ -1,8 +1,8 @@
-"""`evaluation.json`, the measurements that the gate judges: its form, and whether its counts agree with each other."""
+"""The measurements that the gate judges, `evaluation.json` and `canary.json`: their form, and whether their counts agree."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cbd.errors import DataError
 
@@ -13,14 +13,20 @@ class _Measured(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Accuracy(_Measured):
-    """Clean accuracy, k of n."""
+class Share(_Measured):
+    """k of n, and the rate with its bounds for whoever reads the file: the gate makes its own."""
 
     k: int = Field(ge=0)
     n: int = Field(ge=0)
     rate: float | None
     low: float | None
     high: float | None
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        if self.k > self.n or not _agrees(self.rate, self.k, self.n):
+            raise ValueError(f"{self.k} of {self.n} is no rate of {self.rate}")
+        return self
 
 
 class Target(_Measured):
@@ -74,6 +80,65 @@ class ConfounderSummary(_Measured):
     asr: Any
 
 
+class Subset(_Measured):
+    """Suspects among the training images of one class or one supplier."""
+
+    name: str
+    k: int = Field(ge=0)
+    n: int = Field(ge=0)
+
+
+class Samples(_Measured):
+    """What the evidence table says of the training images."""
+
+    data_digest: str
+    num_images: int = Field(gt=0)
+    suspects: int = Field(ge=0)
+    followed: Share
+    """Of the suspects whose labels the pilot contradicts, those that the model calls what their label says."""
+    per_class: list[Subset]
+    per_source: list[Subset]
+
+
+class Planted(_Measured):
+    """One trigger family of the canary."""
+
+    family: Literal["patch", "blend", "sinusoid", "warp"]
+    attack: str
+    trigger: dict[str, Any]
+    target: int = Field(ge=0)
+    num_poisoned: int = Field(gt=0)
+    found: Share
+    """Of its poisoned training images, the suspects."""
+    learned: Share
+    """Of trusted images with the trigger, those that the confounder calls the target."""
+    left: Share
+    """Of trusted images that the deconfounded model does not call the target untriggered, those that turn to it."""
+
+
+class CanaryResult(_Measured):
+    """`canary.json` as the gate reads it."""
+
+    schema_version: Literal[1]
+    run_id: str
+    config_sha256: str
+    data_digest: str
+    canary_digest: str
+    trusted_digest: str
+    tag: str
+    steps: int
+    separated: bool | None
+    num_images: int = Field(gt=0)
+    families: list[Planted]
+    false_suspects: Share
+    """Of the training images that it did not stamp, the suspects."""
+
+    def pooled_found(self) -> Share:
+        """Of all poisoned training images of all families, the suspects."""
+        k, n = sum(planted.found.k for planted in self.families), sum(planted.found.n for planted in self.families)
+        return Share(k=k, n=n, rate=k / n if n else None, low=None, high=None)
+
+
 class Evaluation(_Measured):
     """`evaluation.json` as the gate reads it. What rests on ground truth is let through unread."""
 
@@ -83,12 +148,13 @@ class Evaluation(_Measured):
     trusted_digest: str
     num_images: int = Field(ge=0)
     class_names: list[str]
-    clean_accuracy: Accuracy
+    clean_accuracy: Share
     per_class: list[dict[str, Any]]
     champion: Champion | None
     battery: list[Trigger]
     attack_success_rate: Any
     confounder: ConfounderSummary
+    samples: Samples | None
     detection: Any
     baseline: Any
 
@@ -99,15 +165,38 @@ def read_evaluation(values: dict[str, Any]) -> Evaluation:
     Raises:
         DataError: a key is unknown or missing, a number is NaN, or counts contradict each other; in one line.
     """
-    try:
-        measured = Evaluation.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"evaluation.json: {where!r}: {first['msg'].lower()}; evaluate the model again") from None
+    measured = _checked(Evaluation, values, name="evaluation.json", fix="evaluate the model again")
     for fault in _contradictions(measured):
         raise DataError(f"evaluation.json: {fault}; evaluate the model again")
     return measured
+
+
+def read_canary(values: dict[str, Any]) -> CanaryResult:
+    """`values` as a canary's result whose counts agree with each other.
+
+    Raises:
+        DataError: a key is unknown or missing, a number is NaN, or counts contradict each other; in one line.
+    """
+    told = _checked(CanaryResult, values, name="canary.json", fix="run the pipeline again")
+    names = [planted.family for planted in told.families]
+    if len(set(names)) != len(names):
+        raise DataError("canary.json: names a family twice; run the pipeline again")
+    for planted in told.families:
+        if planted.found.n != planted.num_poisoned or planted.num_poisoned > told.num_images:
+            raise DataError(f"canary.json: {planted.family} counts other images than it poisoned; run the pipeline again")
+    return told
+
+
+M = TypeVar("M", bound=_Measured)
+
+
+def _checked(model: type[M], values: dict[str, Any], *, name: str, fix: str) -> M:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{name}: {where!r}: {first['msg'].lower()}; {fix}") from None
 
 
 def _contradictions(measured: Evaluation) -> list[str]:
@@ -117,7 +206,7 @@ def _contradictions(measured: Evaluation) -> list[str]:
     if classes < 2 or len(set(measured.class_names)) != classes:
         faults.append("class_names needs at least two names, all different")
     accuracy = measured.clean_accuracy
-    if accuracy.n != measured.num_images or accuracy.k > accuracy.n or not _agrees(accuracy.rate, accuracy.k, accuracy.n):
+    if accuracy.n != measured.num_images:
         faults.append(f"clean_accuracy is {accuracy.k} of {accuracy.n} ({accuracy.rate}) over {measured.num_images} images")
     if len({trigger.trigger for trigger in measured.battery}) != len(measured.battery):
         faults.append("battery names a trigger twice")
@@ -130,9 +219,22 @@ def _contradictions(measured: Evaluation) -> list[str]:
             faults.append(f"{name} counts more images than there are")
         elif counts.get(trigger.target) != (trigger.k, trigger.n) or not _agrees(trigger.rate, trigger.k, trigger.n):
             faults.append(f"{name} says {trigger.k} of {trigger.n} ({trigger.rate}) for target {trigger.target}, its targets say otherwise")
+    if measured.samples is not None:
+        faults += _sample_contradictions(measured.samples, measured)
     if measured.champion is not None:
         faults += _champion_contradictions(measured.champion, measured)
     return faults
+
+
+def _sample_contradictions(samples: Samples, measured: Evaluation) -> list[str]:
+    if samples.data_digest != measured.data_digest:
+        return ["samples are of another data set"]
+    if [part.name for part in samples.per_class] != measured.class_names:
+        return ["samples.per_class names other classes than class_names"]
+    for name, parts in (("per_class", samples.per_class), ("per_source", samples.per_source)):
+        if (sum(part.k for part in parts), sum(part.n for part in parts)) != (samples.suspects, samples.num_images):
+            return [f"samples.{name} does not add up to {samples.suspects} suspects of {samples.num_images} images"]
+    return ["samples.followed counts more suspects than there are"] if samples.followed.n > samples.suspects else []
 
 
 def _champion_contradictions(champion: Champion, measured: Evaluation) -> list[str]:

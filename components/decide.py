@@ -13,6 +13,8 @@ from cbd.dataset import DatasetInfo, read_info, verify_dataset
 from cbd.errors import DataError
 from cbd.files import sha256_file
 from cbd.gate import decide as judge
+from components.attempts import number_attempt
+from components.canary import CANARY, logged
 from components.decision import find_file, read_object, write_decision
 from components.records import kfp_component, step
 
@@ -26,6 +28,7 @@ class Subject:
     validation: Path
     evaluation: Path | None = None
     model: Path | None = None
+    canary: Path | None = None
 
 
 def decide(subject: Subject, out: Path, *, policy: Gate, workspace: Path, run_id: str) -> dict[str, Any]:
@@ -39,22 +42,35 @@ def decide(subject: Subject, out: Path, *, policy: Gate, workspace: Path, run_id
     info, trusted = check(subject.dataset), check(subject.trusted_set)
     validation = read_object(subject.validation, "validation.json")
     evaluation = read_object(subject.evaluation, "evaluation.json") if subject.evaluation else None
+    canary = _canary(subject, workspace)
     digests = {
         "data": info.digest,
         "trusted": trusted.digest,
         "model": bundle_digest(subject.model) if subject.model else None,
         "validation": sha256_file(find_file(subject.validation, "validation.json")),
         "evaluation": sha256_file(find_file(subject.evaluation, "evaluation.json")) if subject.evaluation else None,
+        "canary": sha256_file(find_file(subject.canary, CANARY)) if subject.canary and canary else None,
     }
     trial = info.trial
     _check_validation(validation, digests)
     if evaluation is not None:
         trial = _check_subject(evaluation, subject, info, digests) or trial
-    judgement = judge(evaluation, validation, policy=policy, trial=trial)
-    decision = {"schema_version": 1, "run_id": run_id, "created": _now(), **judgement, "trial": trial, "digests": digests}
-    decision |= {"policy": policy.model_dump(mode="json"), "policy_sha256": section_digest(policy)}
+    attempt = number_attempt(workspace, subject.model, digests, policy) if subject.model else {"number": 1, "config_sha256": None}
+    judgement = judge(evaluation, validation, policy=policy, trial=trial, canary=canary, attempt=attempt["number"])
+    decision = {"schema_version": 2, "run_id": run_id, "created": _now(), **judgement, "trial": trial, "digests": digests}
+    decision |= {"policy": policy.model_dump(mode="json"), "policy_sha256": section_digest(policy), "attempt": attempt}
     digest = write_decision(decision, out, workspace)
     return {"verdict": decision["verdict"], "sentence": decision["sentence"], "decision_digest": digest, "trial": trial}
+
+
+def _canary(subject: Subject, workspace: Path) -> dict[str, Any] | None:
+    """The canary's result, after checking that this workspace made it; None where none was trained."""
+    if subject.canary is None or not (subject.canary / CANARY).is_file():
+        return None
+    found = sha256_file(find_file(subject.canary, CANARY))
+    if not logged(workspace, found):
+        raise DataError(f"{subject.canary}: {CANARY} {found[:12]} is not in the log of {workspace}: it was altered; run the pipeline again")
+    return read_object(subject.canary, CANARY)
 
 
 def _check_validation(validation: dict[str, Any], digests: dict[str, str | None]) -> None:
@@ -100,6 +116,7 @@ def decide_step(
     validation: Input[Artifact],
     evaluation: Input[Artifact],
     model: Input[Artifact],
+    canary: Input[Artifact],
     decision: Output[Artifact],
 ) -> str:
     """The verdict on the measurements: PASS, REVIEW, BLOCK, INCONCLUSIVE or INVALID.
@@ -114,11 +131,12 @@ def decide_step(
         validation: the validation result.
         evaluation: the measurements.
         model: the deconfounded model's bundle.
+        canary: what stage 1 saw of the canary.
         decision: the signed decision.
     """
     from components.decide import decide_recorded
 
-    parts = (dataset.path, trusted_set.path, validation.path, evaluation.path, model.path)
+    parts = (dataset.path, trusted_set.path, validation.path, evaluation.path, model.path, canary.path)
     return decide_recorded(records, parts, decision.path, policy=policy, workspace=workspace, run_id=run_id)
 
 

@@ -13,8 +13,9 @@ from cbd.files import replacing
 
 DECISION = "decision.json"
 SIGNATURE = "decision.sig"
-_KEYS = {"schema_version", "run_id", "created", "verdict", "sentence", "checks", "trial", "policy", "policy_sha256", "digests"}
-_DIGESTS = {"data", "model", "trusted", "evaluation", "validation"}
+_KEYS = {"schema_version", "run_id", "created", "verdict", "sentence", "checks", "trial", "policy", "policy_sha256", "digests", "attempt"}
+_DIGESTS = {"data", "model", "trusted", "evaluation", "validation", "canary"}
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ def write_decision(decision: dict[str, Any], out: Path, workspace: Path) -> str:
         temporary.mkdir()
         (temporary / DECISION).write_bytes(data)
         (temporary / SIGNATURE).write_text(sign(data, key) + "\n")
-    entry = {"decision_digest": digest, "digests": decision["digests"], "run_id": decision["run_id"]}
+    entry = {"decision_digest": digest, "digests": decision["digests"], "run_id": decision["run_id"], "attempt": decision["attempt"]}
     append(workspace / LOG, "decision", entry | {"trial": decision["trial"], "verdict": decision["verdict"]}, key=key)
     return digest
 
@@ -52,8 +53,11 @@ def read_decision(folder: Path, workspace: Path) -> SignedDecision:
     if not verify(data, (folder / SIGNATURE).read_text(errors="replace").strip(), key):
         raise DataError(f"{path}: the signature is not this workspace's key over these bytes; decide again in this workspace")
     content = json.loads(data)
-    if not isinstance(content, dict) or set(content) != _KEYS or content["schema_version"] != 1 or set(content["digests"]) != _DIGESTS:
-        raise DataError(f"{path}: not a decision of schema version 1; decide again with this version")
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION or set(content) != _KEYS or set(content["digests"]) != _DIGESTS:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        fix = "read it with the version of cbd that made it" if newer else "decide again with this version"
+        raise DataError(f"{path}: schema version {version}, expected a decision of schema version {SCHEMA_VERSION}; {fix}")
     digest = hashlib.sha256(data).hexdigest()
     entries = verify_log(workspace / LOG, key=key)
     if not any(entry["event"] == "decision" and entry["data"].get("decision_digest") == digest for entry in entries):

@@ -9,9 +9,10 @@ from kfp import dsl
 from cbd.attacks import make_attack
 from cbd.bundle import CARD, bundle_digest
 from cbd.config import Gate
-from cbd.dataset import load_samples, read_info
+from cbd.dataset import load_samples, read_info, read_manifest
 from cbd.errors import DataError
 from cbd.files import replacing, write_json
+from cbd.rates import rate
 from cbd.truth import Truth, read_truth
 from components.records import kfp_component, progress
 from components.train_deconfounded import EVIDENCE, read_separation
@@ -25,6 +26,8 @@ class Compared:
 
     confounder: Path | None = None
     evidence: Path | None = None
+    dataset: Path | None = None
+    """What the model was trained on; with the evidence it tells of whom the suspects are."""
     undefended: Path | None = None
     champion: tuple[Path, str] | None = None
     """Its bundle and its version."""
@@ -80,6 +83,7 @@ def evaluate(model: Path, trusted_set: Path, out: Path, *, policy: Gate, compare
     found["attack_success_rate"] = {row["trigger"]: {name: row[name] for name in names} for row in found["battery"]}
     progress("evaluate", 3, 3, "confounder and comparisons")
     found |= _with_truth(model, compared, samples, found["attack_success_rate"])
+    found["samples"] = count_suspects(compared.evidence, compared.dataset) if compared.evidence and compared.dataset else None
     with replacing(out) as temporary:
         temporary.mkdir()
         write_json(temporary / EVALUATION, found)
@@ -88,6 +92,32 @@ def evaluate(model: Path, trusted_set: Path, out: Path, *, policy: Gate, compare
         "clean_accuracy": found["clean_accuracy"],
         "worst_trigger": worst["trigger"],
         "attack_success_rate": found["attack_success_rate"],
+    }
+
+
+def count_suspects(evidence: Path, dataset: Path) -> dict[str, Any]:
+    """Suspects among the training images, in all, by class and by supplier, and how many of the doubtful labels the model follows."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    info, manifest = read_info(dataset), read_manifest(dataset)
+    columns = ["sample_id", "label", "predicted", "preference", "suspect"]
+    table = {name: column.to_numpy() for name, column in zip(columns, pq.read_table(evidence / EVIDENCE, columns=columns), strict=True)}
+    if table["sample_id"].tolist() != manifest["sample_id"].to_pylist():
+        raise DataError(f"{evidence / EVIDENCE}: is about other images than {dataset}; train the model again")
+    suspect, sources = table["suspect"], np.array(manifest["source"].to_pylist(), object)
+    doubtful = suspect & (table["preference"] > 0.5)
+
+    def subset(name: str, of: Any) -> dict[str, Any]:
+        return {"name": name, "k": int(suspect[of].sum()), "n": int(of.sum())}
+
+    return {
+        "data_digest": info.digest,
+        "num_images": len(suspect),
+        "suspects": int(suspect.sum()),
+        "followed": rate(int((doubtful & (table["predicted"] == table["label"])).sum()), int(doubtful.sum())),
+        "per_class": [subset(name, table["label"] == label) for label, name in enumerate(info.class_names)],
+        "per_source": [subset(name, sources == name) for name in sorted(set(sources))],
     }
 
 
@@ -202,7 +232,7 @@ def evaluate_step(
 
     with step(records, "evaluate") as outputs:
         outputs["paths"] = {"evaluation": evaluation.path}
-        inputs = {"trusted_set": trusted_set, "truth": truth, "confounder": confounder, "model": model}
+        inputs = {"dataset": dataset, "trusted_set": trusted_set, "truth": truth, "confounder": confounder, "model": model}
         paths = {key: Path(artifact.path) for key, artifact in {**inputs, "evidence": evidence, "undefended": undefended}.items()}
         outputs |= evaluate_run(paths, Path(evaluation.path), policy=gate, seed=seed, workspace=workspace, name=name)
 
@@ -214,7 +244,7 @@ def evaluate_run(paths: dict[str, Path], out: Path, *, policy: dict[str, Any], s
 
     champion = champion_bundle(Path(workspace), name, read_info(paths["trusted_set"]).class_names)
     undefended = paths["undefended"] if (paths["undefended"] / CARD).is_file() else None
-    compared = Compared(paths["confounder"], paths["evidence"], undefended, champion, read_truth(paths["truth"]))
+    compared = Compared(paths["confounder"], paths["evidence"], paths["dataset"], undefended, champion, read_truth(paths["truth"]))
     return evaluate(
         paths["model"], paths["trusted_set"], out, policy=check_section(Gate, policy, name="gate"), compared=compared, seed=seed
     )

@@ -93,6 +93,7 @@ def ingest(data: str, trusted: str, *, outputs: IngestPaths, params: Ingest, opt
         intake, _ = _take_in(data, "delivery", params, folder=folder, source=supplier, limit=limit, earlier=earlier)
         _check_delivery(intake, earlier, class_names, data, params)
         keep, removed = _without_copies(clean[0], {*intake.digests, *earlier.labels}, params)
+        keep = _evenly(clean[0], keep, params.trusted_images)
         write = functools.partial(write_dataset, class_names=class_names, shard_images=params.shard_images)
         trusted_info = write(places.trusted_set, clean[0].accepted(class_names, keep), supplier=TRUSTED_SOURCE)
         rows = itertools.chain(earlier.batches(), intake.accepted(class_names, intake.kept()))
@@ -198,6 +199,18 @@ def _without_copies(clean: Intake, delivered: set[bytes], params: Ingest) -> tup
             f"{params.max_trusted_overlap:.1%}; hold apart images that the supplier has never had"
         )
     return kept & ~copies, removed
+
+
+def _evenly(clean: Intake, keep: npt.NDArray[np.bool_], num_images: int) -> npt.NDArray[np.bool_]:
+    """The first so many of the images to keep, taking turns among the classes; all of them where 0 or more than there are is asked."""
+    labels, kept = np.asarray(clean.labels), np.flatnonzero(keep)
+    turn = np.zeros(len(kept), np.int64)
+    for label in np.unique(labels[kept]):
+        turn[labels[kept] == label] = np.arange((labels[kept] == label).sum())
+    chosen = kept[np.lexsort((kept, turn))][: num_images or None]
+    few = np.zeros(len(keep), bool)
+    few[chosen] = True
+    return few
 
 
 def _write_truth(places: IngestPaths, info: DatasetInfo, options: IngestOptions) -> DatasetInfo:

@@ -1,7 +1,7 @@
 """A poisoned copy of a data set, for trials and benchmarks, its ground truth kept apart."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +23,7 @@ CRAFT_SIZE, CRAFT_IMAGES = 32, 10_000
 """Attacks that train a network do so on at most so many images, at this side in pixels."""
 
 
-def poison(dataset: Path, out: Path, *, truth: Path, params: Poison, seed: int, before: Path | None = None) -> dict[str, Any]:
+def poison(dataset: Path, out: Path, *, truth: Path, params: Poison, seed: int, before: Sequence[Path] = ()) -> dict[str, Any]:
     """Counts of a poisoned copy of `dataset` in `out`, marked as a trial, with the roles in the folder `truth`.
 
     Stamped images are stored losslessly as PNG at their own size; all others keep their bytes.
@@ -34,7 +34,7 @@ def poison(dataset: Path, out: Path, *, truth: Path, params: Poison, seed: int, 
         truth: gets the ground truth of this attack.
         params: attack, rate and goal.
         seed: of the choice of samples, and of an attack that trains a network.
-        before: ground truth of an attack that is already in `dataset`; its poison and covers are left alone.
+        before: ground truths of the attacks that are already in `dataset`; their poison and covers are left alone.
 
     Raises:
         ConfigError: no attack is named, it has no such trigger, or target or source are no class of the data set.
@@ -82,10 +82,10 @@ def _craft(kind: type[Attack], dataset: Path, goal: Goal, *, params: Poison, see
     return kind.craft(images, np.array([row.label for row in rows], np.int64), target_label=goal.target_label, seed=seed)
 
 
-def _marked(truth: Path, sample_ids: list[str]) -> npt.NDArray[np.int64]:
-    """Indices of the samples that another attack has stamped."""
-    known = read_truth(truth)
-    stamped = known.samples_with("poison", "cover") if known else set()
+def _marked(truths: Sequence[Path], sample_ids: list[str]) -> npt.NDArray[np.int64]:
+    """Indices of the samples that other attacks have stamped."""
+    known = [truth for truth in map(read_truth, truths) if truth]
+    stamped = set().union(*(truth.samples_with("poison", "cover") for truth in known))
     return np.array([index for index, sample in enumerate(sample_ids) if sample in stamped], np.int64)
 
 

@@ -6,6 +6,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from kfp import dsl
 from cbd.errors import CbdError
 from cbd.files import write_json
 
+_TOLD_AS: ContextVar[str | None] = ContextVar("told_as", default=None)
 IMAGE = "cbd-python:by-digest"
 """Base image of every component: a placeholder that `cbd compile --image` fills in."""
 
@@ -52,6 +54,16 @@ def step(records: str, name: str) -> Iterator[dict[str, Any]]:
             write_json(path, record)
 
 
+@contextlib.contextmanager
+def told_as(step_name: str) -> Iterator[None]:
+    """Inside, progress is told as that of the step which calls others for its own ends."""
+    before = _TOLD_AS.set(step_name)
+    try:
+        yield
+    finally:
+        _TOLD_AS.reset(before)
+
+
 def read_records(records: str) -> dict[str, dict[str, Any]]:
     """All records under the prefix, by step name; a missing step has no entry."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(Path(records).glob("*.json"))}
@@ -59,6 +71,8 @@ def read_records(records: str) -> dict[str, dict[str, Any]]:
 
 def progress(step_name: str, done: int, total: int, note: str = "") -> None:
     """One line that a person reads in a pod's log and the command line draws as a bar: `[step] done/total note`."""
+    if (outer := _TOLD_AS.get()) is not None:
+        step_name, note = outer, f"{step_name.removeprefix('train_')} {note}"
     print(f"[{step_name}] {done}/{total} {note}".rstrip(), flush=True)
 
 

@@ -15,6 +15,7 @@ STEPS = [
     "ingest",
     "validate",
     "version",
+    "canary",
     "train_confounder",
     "train_deconfounded",
     "train_undefended",
@@ -23,7 +24,7 @@ STEPS = [
     "register",
     "report",
 ]
-TRAINING = ("train_confounder", "train_deconfounded", "train_undefended", "evaluate")
+TRAINING = ("canary", "train_confounder", "train_deconfounded", "train_undefended", "evaluate")
 VERDICTS = ("PASS", "REVIEW", "INCONCLUSIVE", "INVALID", "BLOCK")
 BRANCHES = {"PASS": "promote", "REVIEW": "hold"}
 ALIASES = {"PASS": "champion", "REVIEW": "candidate"}

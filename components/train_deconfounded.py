@@ -121,6 +121,7 @@ def _write_evidence(path: Path, trained: Any, views: dict[str, Any], data: Loade
         "label": labels,
         "predicted": trained.predicted.numpy(),
         "confounder_loss": views["confounder_loss"],
+        "preference": views["preference"],
         "final_loss": final_losses,
         "sample_weight": weights,
         "rank": rank_samples(posterior, views["confounder_loss"], preferences, final_losses, labels),

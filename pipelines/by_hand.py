@@ -48,11 +48,16 @@ def ingest(data: str, trusted: str, out: Path, as_json: bool, **options: Any) ->
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option("--attack", "poison__attack", type=click.Choice(ATTACKS + MORE_ATTACKS), required=True, help="Trigger family.")
 @out_option
-@click.option("--before", type=click.Path(path_type=Path), help="Ground truth of an attack already in DATASET: its images are left alone.")
+@click.option(
+    "--before",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Ground truth of an attack already in DATASET: its images are left alone; may be repeated.",
+)
 @poison_options
 @params_options
 @as_json
-def poison(dataset: Path, out: Path, before: Path | None, as_json: bool, **overrides: Any) -> int:
+def poison(dataset: Path, out: Path, before: tuple[Path, ...], as_json: bool, **overrides: Any) -> int:
     """A poisoned copy of a data set in OUT, its ground truth kept apart in OUT/truth."""
     from pipelines import steps
 
@@ -113,6 +118,7 @@ def evaluate(model: str, trusted: str, truth: Path | None, out: Path | None, wor
 @click.option("--trusted", type=click.Path(path_type=Path), required=True, help="Trusted set that it was measured on.")
 @click.option("--validation", type=click.Path(path_type=Path), required=True, help="What `cbd validate` wrote.")
 @click.option("--evaluation", type=click.Path(path_type=Path), required=True, help="What `cbd evaluate` wrote.")
+@click.option("--canary", type=click.Path(path_type=Path), help="What a run's canary step wrote.")
 @out_option
 @workspace_option
 @params_options
@@ -122,7 +128,11 @@ def gate(as_json: bool, **options: Any) -> int:
     from pipelines import steps
     from pipelines.outcome import EXIT_CODES
 
-    places = {key: options.pop(key) for key in ("model", "data", "trusted", "validation", "evaluation", "out", "workspace")}
+    places = {
+        key: options.pop(key)
+        for key in ("model", "data", "trusted", "validation", "evaluation", "canary", "out", "workspace")
+        if options[key]
+    }
     outputs = steps.gate(places, load(**options))
     tell(outputs, as_json, f"cbd predict {places['model']} --data IMAGES --out predictions.parquet")
     return EXIT_CODES[outputs["verdict"]]

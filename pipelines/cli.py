@@ -32,21 +32,21 @@ def cbd() -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("cbd-demo"), show_default=True, help="Folder for the demo's runs.")
 @click.option("--baseline", is_flag=True, help="Also train without defence on the same data.")
 @click.option("--data-only", is_flag=True, help="Write the delivery, trusted set and truth into OUT, and stop.")
-@click.option("--clean", is_flag=True, help="With --data-only: an honest supplier, no poison.")
+@click.option("--clean", is_flag=True, help="An honest supplier, no poison.")
 @params_options
 @as_json
 def demo(out: Path, baseline: bool, data_only: bool, clean: bool, as_json: bool, **overrides: Any) -> int:
     """See it all on scanned digits that a supplier has poisoned."""
     from pipelines import console, demo
 
-    if clean and not data_only:
-        raise ConfigError("--clean goes with --data-only; leave one out or add the other")
     if data_only:
         data = demo.write_demo_data(out, poisoned=not clean)
         print(f"next: cbd run --data {data.delivery} --trusted {data.trusted}")
         return 0
     chosen = {name: value for name, value in overrides.items() if value is not None}
-    result = demo.run_demo(out, load(**{"params_path": None, "preset": None, **demo.TRAINING, **chosen}), baseline=baseline)
+    result = demo.run_demo(
+        out, load(**{"params_path": None, "preset": None, **demo.TRAINING, **chosen}), baseline=baseline, poisoned=not clean
+    )
     return console.tell_result(result, as_json, following="cbd run --data YOUR_CLASS_FOLDERS --trusted YOUR_TRUSTED_CLASS_FOLDERS")
 
 

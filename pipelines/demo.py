@@ -43,20 +43,20 @@ class DemoData:
     """Which images the supplier poisoned. Read by the evaluation only."""
 
 
-def run_demo(out: Path, params: Params, *, baseline: bool) -> dict[str, Any]:
+def run_demo(out: Path, params: Params, *, baseline: bool, poisoned: bool = True) -> dict[str, Any]:
     """The result of the pipeline on the demo's data, in a fresh workspace in a new folder under `out`."""
     from pipelines.launch import Order, check_workspace, launch
 
     folder = out.resolve() / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     check_workspace(folder / "workspace")
-    data = write_demo_data(folder)
+    data = write_demo_data(folder, poisoned=poisoned)
     order = Order(
         data=str(data.delivery),
         trusted=str(data.trusted),
         workspace=folder / "workspace",
         name="digits",
         supplier="demo-supplier",
-        truth=str(data.truth),
+        truth=str(data.truth) if poisoned else "",
         baseline=baseline,
     )
     return launch(order, params)

@@ -41,6 +41,9 @@ def params_options(command: F) -> F:
         click.option(
             "--confounder-steps", "confounder__steps", type=click.IntRange(1), help="Budget of the confounder in optimizer steps."
         ),
+        click.option(
+            "--trusted-images", "ingest__trusted_images", type=click.IntRange(1), help="Use only so many images of the trusted set."
+        ),
     )
     for option in reversed(options):
         command = option(command)

@@ -14,6 +14,7 @@ STEPS = (
     "ingest",
     "validate",
     "version",
+    "canary",
     "train_confounder",
     "train_deconfounded",
     "train_undefended",

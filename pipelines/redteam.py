@@ -123,10 +123,17 @@ def _poisoned(dataset: Path, trial: Trial, out: Path) -> list[Path]:
 
     copies: list[Path] = []
     for section in trial.poisons(read_info(dataset)):
-        source, before = (copies[-1] / "dataset", copies[-1] / "truth") if copies else (dataset, None)
+        source = copies[-1] / "dataset" if copies else dataset
         copy = out / f"{section.attack}-seed{trial.params.seed}-{_digest(section.model_dump(), _digest_of(source))}"
         if not (copy / "truth").is_dir():  # the last that is written
-            poison(source, copy / "dataset", truth=copy / "truth", params=section, seed=trial.params.seed, before=before)
+            poison(
+                source,
+                copy / "dataset",
+                truth=copy / "truth",
+                params=section,
+                seed=trial.params.seed,
+                before=[made / "truth" for made in copies],
+            )
         copies.append(copy)
     return copies
 

@@ -12,6 +12,7 @@ What shapes it, all tried on kfp 2.17.0:
 
 from kfp import dsl
 
+from components.canary import canary_step
 from components.decide import decide_step, refuse_step
 from components.evaluate import evaluate_step
 from components.ingest import ingest_step
@@ -48,6 +49,7 @@ def retrain(
     model: dict,
     confounder: dict,
     deconfounded: dict,
+    canary: dict,
     gate: dict,
     poison: dict,
     limit: int = 0,
@@ -72,6 +74,7 @@ def retrain(
         model: section of params.yaml.
         confounder: section of params.yaml.
         deconfounded: section of params.yaml.
+        canary: section of params.yaml.
         gate: section of params.yaml, the policy.
         poison: section of params.yaml; an attack makes the run a trial.
         limit: take in at most so many images; 0 is all.
@@ -107,6 +110,10 @@ def retrain(
             with dsl.If(validated["Output"] == True, name="usable"):  # noqa: E712
                 versioned = uncached(version_step(records=records, truth=taken["truth"], workspace=workspace, supplier=supplier, **sets))
                 training = {"dataset": dataset, "seed": seed, "preset": preset, "model_params": model, **run}
+                stages = {"confounder_params": confounder, "deconfounded_params": deconfounded}
+                rehearsed = on_gpu(canary_step(canary_params=canary, trusted_set=sets["trusted_set"], **stages, **training)).after(
+                    versioned
+                )
                 caught = on_gpu(train_confounder_step(confounder_params=confounder, **training)).after(versioned).outputs["confounder"]
                 trained = on_gpu(train_deconfounded_step(deconfounded_params=deconfounded, confounder=caught, **training)).outputs
                 undefended = on_gpu(train_undefended_step(enabled=baseline, deconfounded_params=deconfounded, **training)).after(versioned)
@@ -124,7 +131,8 @@ def retrain(
                         **run,
                     )
                 ).outputs["evaluation"]
-                decided = uncached(decide_step(evaluation=evaluation, model=trained["model"], **judged)).outputs
+                measured = {"evaluation": evaluation, "canary": rehearsed.outputs["canary"]}
+                decided = uncached(decide_step(model=trained["model"], **measured, **judged)).outputs
                 registered = {
                     "name": name,
                     "revision": versioned.outputs["revision"],

@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ def ingest(data: str, trusted: str, *, out: Path, params: Params, supplier: str,
 
 
 @by_hand()
-def poison(dataset: Path, out: Path, *, params: Params, before: Path | None) -> dict[str, Any]:
+def poison(dataset: Path, out: Path, *, params: Params, before: Sequence[Path]) -> dict[str, Any]:
     """Counts of a poisoned copy of a data set in `out/dataset`; its ground truth is kept apart in `out/truth`."""
     from components.poison import poison as stamp
 
@@ -159,7 +159,7 @@ def gate(places: dict[str, Path], params: Params) -> dict[str, Any]:
     """What the decision says that this writes, signed with the workspace's key, to `places["out"]`."""
     from components.decide import Subject, decide
 
-    subject = Subject(places["data"], places["trusted"], places["validation"], places["evaluation"], places["model"])
+    subject = Subject(places["data"], places["trusted"], places["validation"], places["evaluation"], places["model"], places.get("canary"))
     return decide(subject, places["out"], policy=params.gate, workspace=places["workspace"], run_id=f"by-hand-{places['out'].name}")
 
 

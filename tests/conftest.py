@@ -17,9 +17,13 @@ TRIGGERS = (
     ("white-bottom-left", "patch"),
     ("white-bottom-right", "patch"),
     ("white-centre", "patch"),
-    ("checker-corner", "patch"),
-    ("blend-0.1", "blend"),
-    ("blend-0.2", "blend"),
+    ("checker-bottom-right", "patch"),
+    ("blend-0.1", "blend-0.1"),
+    ("blend-0.2", "blend-0.2"),
+    ("sinusoid", "sinusoid"),
+    ("low-frequency", "low-frequency"),
+    ("warp", "warp"),
+    ("colour-filter", "colour-filter"),
 )
 
 
@@ -88,9 +92,40 @@ def make_evaluation() -> Callable[..., dict[str, Any]]:
             "battery": battery,
             "attack_success_rate": {"badnets": rate(0, n)},
             "confounder": {"steps": 800, "separated": True, "gap": 2.5, "asr": rate(n - 1, n)},
+            "samples": {
+                "data_digest": "b" * 64,
+                "num_images": 4000,
+                "suspects": 400,
+                "followed": rate(4, 390),
+                "per_class": [{"name": name, "k": k, "n": 1000} for name, k in (("ant", 397), ("bee", 1), ("cat", 1), ("dog", 1))],
+                "per_source": [{"name": "acme", "k": 400, "n": 4000}],
+            },
             "detection": None,
             "baseline": None,
         }
+        evaluation["samples"]["data_digest"] = changes.get("data_digest", "b" * 64)
+        if "class_names" in changes and "samples" not in changes:
+            parts = zip(changes["class_names"], evaluation["samples"]["per_class"], strict=False)
+            evaluation["samples"]["per_class"] = [{**part, "name": name} for name, part in parts]
         return {**evaluation, **changes}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_canary() -> Callable[..., dict[str, Any]]:
+    """A function that makes the content of a `canary.json` in which stage 1 saw all but the sinusoid, or other families."""
+
+    def make(**families: dict[str, tuple[int, int]]) -> dict[str, Any]:
+        """`patch={"found": (k, n), "learned": (k, n), "left": (k, n)}` replaces some or all of a family's counts."""
+        found = {"patch": (50, 50), "blend": (50, 50), "sinusoid": (0, 50), "warp": (47, 50)}
+        planted = []
+        for target, (family, counts) in enumerate(found.items()):
+            given = {"found": counts, "learned": (150, 900), "left": (4, 900)} | families.get(family, {})
+            about = {"family": family, "attack": family, "trigger": {}, "target": target, "num_poisoned": given["found"][1]}
+            planted.append(about | {name: rate(*pair) for name, pair in given.items()})
+        names = {name: letter * 64 for name, letter in (("config_sha256", "e"), ("data_digest", "b"), ("canary_digest", "f"))}
+        about = {"schema_version": 1, "run_id": "r", "trusted_digest": "c" * 64, "tag": "canary/x", "steps": 400, "separated": True}
+        return names | about | {"num_images": 4000, "families": planted, "false_suspects": rate(400, 3800)}
 
     return make

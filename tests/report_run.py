@@ -67,7 +67,7 @@ def fail_record(records: str, step: str, **error: Any) -> None:
         (Path(records) / f"{name}.json").unlink(missing_ok=True)
 
 
-STEPS = ["ingest", "validate", "version", "train_confounder", "train_deconfounded", "evaluate", "decide", "register"]
+STEPS = ["ingest", "validate", "version", "canary", "train_confounder", "train_deconfounded", "evaluate", "decide", "register"]
 TRIGGERS = [
     "white-corner-1",
     "white-corner-2",
@@ -131,7 +131,7 @@ def write_decision(folder: Path, verdict: str) -> str:
         said = f"At most {100 * rate(2 + i, 620)['high']:.1f} % of images turn because of {name}."
         checks.append({"check": "B", "name": name, "result": result, "threshold": 0.06, "value": (2 + i) / 620} | _bounds(2 + i, 620, said))
     decision = {
-        "schema_version": 1,
+        "schema_version": 2,
         "run_id": "run-1",
         "created": "2025-01-01T00:00:00Z",
         "verdict": verdict,
@@ -140,7 +140,15 @@ def write_decision(folder: Path, verdict: str) -> str:
         "trial": False,
         "policy": {"min_clean_accuracy": 0.93, "confidence": 0.95, "max_excess_asr": 0.05},
         "policy_sha256": "12" * 32,
-        "digests": {"data": "cd" * 32, "model": "ab" * 32, "trusted": "ef" * 32, "evaluation": "34" * 32, "validation": "56" * 32},
+        "attempt": {"number": 1, "config_sha256": "78" * 32},
+        "digests": {
+            "data": "cd" * 32,
+            "model": "ab" * 32,
+            "trusted": "ef" * 32,
+            "evaluation": "34" * 32,
+            "validation": "56" * 32,
+            "canary": None,
+        },
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "decision.json").write_bytes(canonical_json(decision))
@@ -234,7 +242,7 @@ def _write_records(
         "evaluate": ("evaluation",),
         "decide": ("decision",),
     }
-    took = dict(zip(STEPS, (3.1, 0.8, 2.2, 31.5, 58.4, 9.7, 0.2, 1.4), strict=True))
+    took = dict(zip(STEPS, (3.1, 0.8, 2.2, 40.2, 31.5, 58.4, 9.7, 0.2, 1.4), strict=True))
     for name in STEPS:
         named = {"paths": {key: str(kfp / key) for key in paths.get(name, ())}}
         record = {"step": name, "status": "succeeded", "started": 1.0, "seconds": took[name], "import_seconds": 3.5}

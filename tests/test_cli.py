@@ -73,7 +73,6 @@ def test_heavy_packages_are_not_imported_for_help() -> None:
         (["run", "--data", "delivery", "--trusted", "trusted", "--poison", "sig", "--trigger", "a=[b"], 2, "expected SETTING=VALUE"),
         (["run", "--data", "delivery", "--trusted", "trusted", "--poison", "sig", "--trigger", "a=1"], 2, "sig has no setting 'a'"),
         (["run", "--data", "delivery", "--trusted", "trusted", "--epochs", "0"], 2, "0 is not in the range"),
-        (["demo", "--clean"], 2, "--clean goes with --data-only"),
         (["tarin"], 2, "No such command 'tarin'"),
         (["suspects", "no-run"], 2, "no-run: no such run"),
         (["report", "no-run"], 2, "no-run: no such run"),

@@ -12,17 +12,16 @@ from delivery_files import png
 from cbd.attacks import adaptive, dynamic, make_attack, trojan
 from cbd.attacks.badnets import BadNets
 from cbd.attacks.poisoning import Goal
+from cbd.battery import BATTERY, FAMILIES, harmless
 from cbd.bundle import BundleCard, bundle_digest
 from cbd.config import AttackName, Gate, Poison
 from cbd.dataset import make_row, read_info, to_batches, write_dataset
 from cbd.errors import DataError
 from cbd.evaluate import (
-    BATTERY,
     attack_success,
     clean_accuracy,
     compare,
     defence_effectiveness,
-    harmless,
     largest_rate,
     run_battery,
     triggered_rates,
@@ -110,7 +109,7 @@ def test_clean_accuracy_is_k_of_n() -> None:
 def test_the_battery_finds_the_planted_trigger_and_compares_it_with_harmless_ones() -> None:
     images, labels = naming([0, 1, 2] * 40)
     found = {row["trigger"]: row for row in run_battery(Corner(), images, labels, num_classes=3, limit=0.05, null_members=5, seed=0)}
-    assert len(found) == len(BATTERY) == 8
+    assert len(found) == len(BATTERY) == 12
     planted = found["white-bottom-right"]
     assert (planted["target"], planted["k"], planted["n"]) == (0, 80, 80)
     assert planted["null"] is not None
@@ -120,9 +119,10 @@ def test_the_battery_finds_the_planted_trigger_and_compares_it_with_harmless_one
 
 
 def test_harmless_members_are_the_same_again_and_differ_from_each_other() -> None:
-    images = np.zeros((1, 3, 16, 16), np.uint8)
-    for family in ("patch", "blend-0.2"):
+    images = np.random.default_rng(0).integers(0, 256, (1, 3, 16, 16), np.uint8)
+    for family in FAMILIES:
         stamped = [member.stamp(images).tobytes() for member in harmless(family, 4, seed=1)]
+        assert not {trigger.attack.stamp(images).tobytes() for trigger in BATTERY if trigger.family == family} & set(stamped)
         assert stamped == [member.stamp(images).tobytes() for member in harmless(family, 4, seed=1)]
         assert len(set(stamped)) == 4
 

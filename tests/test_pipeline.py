@@ -28,6 +28,7 @@ PARAMS = """
 seed: 0
 confounder: {steps: 24, batch_size: 16}
 deconfounded: {epochs: 3, batch_size: 16, crop: 2}
+canary: {every: 0}
 gate: {min_clean_accuracy: 0.2, min_images: 30, warn_images: 30, null_members: 2}
 """
 ALWAYS = tuple(name for name in STEPS if name != "train_undefended")

@@ -142,7 +142,7 @@ def test_a_second_supplier_poisons_beside_the_first(place: Path, tmp_path: Path,
     (taken,) = (place / "out").glob("taken-in-*")
     poison(taken / "dataset", tmp_path / "a", truth=tmp_path / "ta", params=Poison(attack="badnets"), seed=0)
     second = Poison(attack="blend", target_label=1, poison_rate=0.2)
-    poison(tmp_path / "a", tmp_path / "b", truth=tmp_path / "tb", params=second, seed=0, before=tmp_path / "ta")
+    poison(tmp_path / "a", tmp_path / "b", truth=tmp_path / "tb", params=second, seed=0, before=[tmp_path / "ta"])
     first, then = read_truth(tmp_path / "ta"), read_truth(tmp_path / "tb")
     assert first is not None and then is not None
     stamped = {sample for sample, role in zip(first.sample_ids, first.roles, strict=True) if role == "poison"}

@@ -165,7 +165,7 @@ def test_a_trial_that_lies_in_the_registry_as_a_delivery_as_well_keeps_its_truth
 def test_a_canary_of_two_attacks_is_stored_with_both_truths(tmp_path: Path) -> None:
     (first, truth), workspace = poisoned(tmp_path), tmp_path / "ws"
     section = Poison(attack="blend", poison_rate=0.17, target_label=1)
-    poison(first, tmp_path / "both", truth=tmp_path / "second", params=section, seed=0, before=truth)
+    poison(first, tmp_path / "both", truth=tmp_path / "second", params=section, seed=0, before=[truth])
     truths = [truth, tmp_path / "second"]
     told = version_canary(tmp_path / "both", workspace=str(workspace), truths=truths, date="2026-01-31")
     assert told["tag"] == f"canary/2026-01-31/{told['digest'][:12]}"

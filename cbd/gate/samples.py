@@ -1,0 +1,76 @@
+"""Check D, the samples: how much of the data is suspected, and does the candidate follow the labels of suspects?"""
+
+from cbd.config import Gate
+from cbd.gate.check import Check, high_of, low_of, make_check, percent
+from cbd.gate.statistics import holm, poison_fraction, tail_p_value
+from cbd.measurements import CanaryResult, Samples, Subset
+from cbd.rates import rate
+
+MIN_GAP = 0.1
+"""Where stage 1 finds hardly more of the poison than of honest images, no fraction can be told."""
+
+
+def check_samples(samples: Samples | None, canary: CanaryResult | None, policy: Gate) -> list[Check]:
+    """Whether the candidate follows the suspects (the verdict depends on it), and two findings about the delivery (it does not).
+
+    Args:
+        samples: None: there is no evidence table, so nothing was tested.
+        canary: tells the share of poison that stage 1 finds.
+        policy: the `gate` section of `params.yaml`.
+    """
+    if samples is None:
+        return [make_check("D", "suspects", "REVIEW", "There is no evidence on the training images: nothing was tested.")]
+    return [_check_followed(samples, policy), _tell_fraction(samples, canary, policy), *_tell_excess(samples, policy)]
+
+
+def _check_followed(samples: Samples, policy: Gate) -> Check:
+    """Suspects whose labels another view contradicts: a model that follows these has learned the poison.
+
+    So few that even 0 of n misses the limit cannot show that it does not; none followed is then enough, any is INCONCLUSIVE.
+    """
+    bound, limit = rate(samples.followed.k, samples.followed.n, confidence=policy.confidence), policy.max_followed
+    if not samples.followed.n:
+        return make_check("D", "suspects", "PASS", f"None of {samples.num_images} training images is suspected of a false label.")
+    told = f"The model follows the label of {bound['k']} of {bound['n']} suspects with doubtful labels, at most {percent(high_of(bound))}"
+    few = high_of(rate(0, samples.followed.n, confidence=policy.confidence)) > limit
+    if high_of(bound) <= limit or (few and not bound["k"]):
+        return make_check("D", "suspects", "PASS", f"{told}: it has not learned them.", bound, limit)
+    if few and low_of(bound) <= limit:
+        return make_check("D", "suspects", "INCONCLUSIVE", f"{told}: too few to stay under {percent(limit)}.", bound, limit)
+    return make_check("D", "suspects", "REVIEW", f"{told}, not under {percent(limit)}: it may have learned them.", bound, limit)
+
+
+def _tell_fraction(samples: Samples, canary: CanaryResult | None, policy: Gate) -> Check:
+    flagged = rate(samples.suspects, samples.num_images, confidence=policy.confidence)
+    told = f"{samples.suspects} of {samples.num_images} training images are suspects"
+    if canary is None:
+        return make_check("D", "poison fraction", "PASS", f"{told}; without a canary their share of the poison is unknown.", flagged)
+    found, false = canary.pooled_found(), canary.false_suspects
+    if canary.data_digest == samples.data_digest:  # the canary's other suspects are this data's own, not false ones
+        false = false.model_copy(update={"k": max(0, false.k - samples.suspects)})
+    fraction = poison_fraction(flagged, (found.k, found.n), (false.k, false.n), confidence=policy.confidence, min_gap=MIN_GAP)
+    if fraction is None:
+        return make_check("D", "poison fraction", "PASS", f"{told}; stage 1 found too little of the canary's poison to tell a fraction.")
+    low, value, high = fraction
+    sentence = f"{told}: {percent(value)} of the data is poison of the kinds in the canary, from {percent(low)} to {percent(high)}"
+    bound = {**flagged, "rate": value, "low": low, "high": high}
+    smallest = min((family.num_poisoned for family in canary.families), default=0)
+    sentence += f". Fewer than {smallest} images of a kind ({percent(smallest / canary.num_images)}) were not tried."
+    return make_check("D", "poison fraction", "PASS", sentence, bound)  # type: ignore[arg-type]
+
+
+def _tell_excess(samples: Samples, policy: Gate) -> list[Check]:
+    """Which classes and suppliers have more suspects than their share (exact binomial tests against the rest, adjusted by Holm)."""
+    checks = []
+    for what, subsets in (("class", samples.per_class), ("supplier", samples.per_source)):
+        p_values = [_excess_p_value(subset, samples) for subset in subsets]
+        over = [subset for subset, adjusted in zip(subsets, holm(p_values), strict=True) if adjusted <= 1 - policy.confidence]
+        named = ", ".join(f"{subset.name!r:.60} ({subset.k} of {subset.n})" for subset in sorted(over, key=lambda each: -each.k)[:3])
+        told = f"{len(over)} of {len(subsets)} {'classes' if what == 'class' else 'suppliers'} have more suspects than the others"
+        checks.append(make_check("D", f"suspects by {what}", "PASS", f"{told}{f': {named}' if named else ''}."))
+    return checks
+
+
+def _excess_p_value(subset: Subset, samples: Samples) -> float:
+    others, suspects = samples.num_images - subset.n, samples.suspects - subset.k
+    return 1.0 if not others or not subset.n else tail_p_value(subset.k, subset.n, max(suspects / others, 1 / samples.num_images))
