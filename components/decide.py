@@ -35,6 +35,17 @@ def decide(subject: Subject, out: Path, *, policy: Gate, workspace: Path, run_id
         DataError: the measurements are malformed, or are not about these artifacts.
         EnvironmentFault: the workspace is not writable.
     """
+    decision = weigh(subject, policy=policy, run_id=run_id)
+    digest = write_decision(decision, out, workspace)
+    return {"verdict": decision["verdict"], "sentence": decision["sentence"], "decision_digest": digest, "trial": decision["trial"]}
+
+
+def weigh(subject: Subject, *, policy: Gate, run_id: str) -> dict[str, Any]:
+    """The decision, not signed yet, after checking that all measurements are about exactly these artifacts.
+
+    Raises:
+        DataError: they are malformed, or about others.
+    """
     check = verify_dataset if subject.evaluation else read_info
     info, trusted = check(subject.dataset), check(subject.trusted_set)
     validation = read_object(subject.validation, "validation.json")
@@ -52,9 +63,7 @@ def decide(subject: Subject, out: Path, *, policy: Gate, workspace: Path, run_id
         trial = _check_subject(evaluation, subject, info, digests) or trial
     judgement = judge(evaluation, validation, policy=policy, trial=trial)
     decision = {"schema_version": 1, "run_id": run_id, "created": _now(), **judgement, "trial": trial, "digests": digests}
-    decision |= {"policy": policy.model_dump(mode="json"), "policy_sha256": section_digest(policy)}
-    digest = write_decision(decision, out, workspace)
-    return {"verdict": decision["verdict"], "sentence": decision["sentence"], "decision_digest": digest, "trial": trial}
+    return decision | {"policy": policy.model_dump(mode="json"), "policy_sha256": section_digest(policy)}
 
 
 def _check_validation(validation: dict[str, Any], digests: dict[str, str | None]) -> None:
