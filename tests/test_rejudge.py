@@ -77,6 +77,8 @@ def test_the_same_policy_gives_the_same_verdict(case: Case, capsys: pytest.Captu
     code, told = rejudge(capsys, "same.yaml")
     assert (code, told["verdict"], told["changed_checks"], told["changed_policy"]) == (10, "REVIEW", [], {})
     assert told["policy_sha256"] == section_digest(POLICY)
+    code, out, _ = cbd(capsys, "gate", "run-1", "--policy", "same.yaml", "--workspace", "w")
+    assert code == 10 and "was REVIEW, is REVIEW" in out and "check" not in out.splitlines()[1]
 
 
 def test_the_same_judgement_is_written_and_logged_once(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
