@@ -1,7 +1,7 @@
 """What was delivered before: the data set of the last accepted run, what people rejected or released, and which data sets were decided on.
 
-A run trains on the union of all accepted deliveries. A delivery is accepted by the verdict on the model that was trained with it: PASS and
-REVIEW accept it, anything else leaves it out. The signed audit log is what says so.
+A run trains on the union of all accepted deliveries. A delivery is accepted by the last verdict on the model that was trained with it: PASS
+and REVIEW accept it, anything else leaves it out. A demotion brings a new verdict. The signed audit log is what says so.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +20,9 @@ from components import quarantine
 from components.quarantine import Held, Rulings
 from components.rawfiles import RawFile
 from components.registry import fetch, find
+
+ACCEPTING = ("PASS", "REVIEW")
+"""Verdicts on a model that accept the delivery that it was trained with."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +108,14 @@ def read_earlier(workspace: Path, name: str, class_names: Sequence[str], out: Pa
 def decided(workspace: Path, name: str, *, data: str, trusted: str) -> dict[str, str] | None:
     """Run id and verdict of the last run of this model that ended with a decision on this data set and trusted set; None: none did.
 
-    What validation refused counts whatever the model: its name is not known, and the same data would be refused again.
+    What validation refused counts whatever the model: its name is not known, and the same data would be refused again. A run whose model
+    was demoted does not count: its verdict stands no more, and the same data must be trained on and judged anew.
     """
     found = None
     for run in _runs(workspace):
         same = run["digests"]["data"] == data and run["digests"]["trusted"] == trusted
         refused = run["digests"]["model"] is None
-        if same and not run["trial"] and (refused or run["name"] == name):
+        if same and not run["trial"] and not run["demoted"] and (refused or run["name"] == name):
             found = {"run_id": run["run_id"], "verdict": run["verdict"]}
     return found
 
@@ -122,7 +126,8 @@ def last_accepted(workspace: Path, name: str) -> str:
     Raises:
         DataError: the audit log was altered.
     """
-    accepted = [run["digests"]["data"] for run in _runs(workspace) if run["name"] == name and run["alias"] and not run["trial"]]
+    runs = [run for run in _runs(workspace) if run["name"] == name and run["alias"] and not run["trial"]]
+    accepted = [run["digests"]["data"] for run in runs if run["demoted"] in (None, *ACCEPTING)]
     return str(accepted[-1]) if accepted else ""
 
 
@@ -155,16 +160,23 @@ def _released(workspace: Path, files: Sequence[Held], ruled: Rulings, class_name
 
 
 def _runs(workspace: Path) -> list[dict[str, Any]]:
-    """The decisions in the log, oldest first, each with the name and alias that its model was registered under; None where it was not."""
+    """The decisions in the log, oldest first, each with the name and alias that its model was registered under; None where it was not.
+
+    `demoted` is the verdict for which the model lost its alias later; None where it did not.
+    """
     if not (workspace / LOG).is_file():
         return []
     runs: list[dict[str, Any]] = []
     for entry in verify_log(workspace / LOG, key=load_public_key(workspace)):
         told = entry["data"]
         if entry["event"] == "decision":
-            runs.append({**told, "name": None, "alias": None})
+            runs.append({**told, "name": None, "alias": None, "demoted": None})
         elif entry["event"] == "register":
             for run in runs:
                 if run["run_id"] == told["run_id"] and run["decision_digest"] == told["decision_digest"]:
                     run |= {"name": told["name"], "alias": told["alias"]}
+        elif entry["event"] == "demote":
+            for run in runs:
+                if (run["name"], run["decision_digest"]) == (told["name"], told["decision_digest"]):
+                    run["demoted"] = told["verdict"]
     return runs

@@ -15,7 +15,7 @@ from cbd.files import sha256_file
 from cbd.gate import decide as judge
 from components.attempts import number_attempt
 from components.canary import CANARY, logged
-from components.decision import find_file, read_object, write_decision
+from components.decision import SCHEMA_VERSION, find_file, read_object, write_decision
 from components.records import kfp_component, step
 
 
@@ -38,6 +38,19 @@ def decide(subject: Subject, out: Path, *, policy: Gate, workspace: Path, run_id
         DataError: the measurements are malformed, or are not about these artifacts.
         EnvironmentFault: the workspace is not writable.
     """
+    decision = weigh(subject, policy=policy, workspace=workspace, run_id=run_id)
+    digest = write_decision(decision, out, workspace)
+    return {"verdict": decision["verdict"], "sentence": decision["sentence"], "decision_digest": digest, "trial": decision["trial"]}
+
+
+def weigh(subject: Subject, *, policy: Gate, workspace: Path, run_id: str, attempt: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The decision, not signed yet, after checking that all measurements are about exactly these artifacts.
+
+    `attempt` is that of the run's own decision, where it is judged again; by default it is counted from the workspace's log.
+
+    Raises:
+        DataError: they are malformed, or about others.
+    """
     check = verify_dataset if subject.evaluation else read_info
     info, trusted = check(subject.dataset), check(subject.trusted_set)
     validation = read_object(subject.validation, "validation.json")
@@ -55,12 +68,16 @@ def decide(subject: Subject, out: Path, *, policy: Gate, workspace: Path, run_id
     _check_validation(validation, digests)
     if evaluation is not None:
         trial = _check_subject(evaluation, subject, info, digests) or trial
-    attempt = number_attempt(workspace, subject.model, digests, policy) if subject.model else {"number": 1, "config_sha256": None}
+    attempt = attempt or _attempt(subject, digests, policy, workspace)
     judgement = judge(evaluation, validation, policy=policy, trial=trial, canary=canary, attempt=attempt["number"])
-    decision = {"schema_version": 2, "run_id": run_id, "created": _now(), **judgement, "trial": trial, "digests": digests}
-    decision |= {"policy": policy.model_dump(mode="json"), "policy_sha256": section_digest(policy), "attempt": attempt}
-    digest = write_decision(decision, out, workspace)
-    return {"verdict": decision["verdict"], "sentence": decision["sentence"], "decision_digest": digest, "trial": trial}
+    decision = {"schema_version": SCHEMA_VERSION, "run_id": run_id, "created": _now(), **judgement, "trial": trial, "digests": digests}
+    return decision | {"policy": policy.model_dump(mode="json"), "policy_sha256": section_digest(policy), "attempt": attempt}
+
+
+def _attempt(subject: Subject, digests: dict[str, str | None], policy: Gate, workspace: Path) -> dict[str, Any]:
+    if subject.model is None:
+        return {"number": 1, "config_sha256": None}
+    return number_attempt(workspace, subject.model, digests, policy)
 
 
 def _canary(subject: Subject, workspace: Path) -> dict[str, Any] | None:

@@ -13,9 +13,11 @@ from cbd.files import replacing
 
 DECISION = "decision.json"
 SIGNATURE = "decision.sig"
+REJUDGES = "rejudges"
+"""In a re-judgement alone, which moves no alias: the digest of the run's own decision."""
+SCHEMA_VERSION = 2
 _KEYS = {"schema_version", "run_id", "created", "verdict", "sentence", "checks", "trial", "policy", "policy_sha256", "digests", "attempt"}
 _DIGESTS = {"data", "model", "trusted", "evaluation", "validation", "canary"}
-SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,10 @@ class SignedDecision:
 
 
 def write_decision(decision: dict[str, Any], out: Path, workspace: Path) -> str:
-    """Writes the signed decision into the folder `out` and its digest into the workspace's log; returns the digest."""
+    """Writes the signed decision into the folder `out` and its digest into the workspace's log; returns the digest.
+
+    A re-judgement (it names what it `rejudges`) stands in the log under an event of its own, so that it is never taken for a decision.
+    """
     key, data = ensure_key(workspace), canonical_json(decision)
     digest = hashlib.sha256(data).hexdigest()
     with replacing(out) as temporary:
@@ -36,15 +41,21 @@ def write_decision(decision: dict[str, Any], out: Path, workspace: Path) -> str:
         (temporary / DECISION).write_bytes(data)
         (temporary / SIGNATURE).write_text(sign(data, key) + "\n")
     entry = {"decision_digest": digest, "digests": decision["digests"], "run_id": decision["run_id"], "attempt": decision["attempt"]}
-    append(workspace / LOG, "decision", entry | {"trial": decision["trial"], "verdict": decision["verdict"]}, key=key)
+    entry |= {"trial": decision["trial"], "verdict": decision["verdict"]}
+    if REJUDGES in decision:
+        entry |= {REJUDGES: decision[REJUDGES], "policy_sha256": decision["policy_sha256"]}
+    append(workspace / LOG, "rejudged" if REJUDGES in decision else "decision", entry, key=key)
     return digest
 
 
-def read_decision(folder: Path, workspace: Path) -> SignedDecision:
+def read_decision(folder: Path, workspace: Path, *, rejudged: bool = False) -> SignedDecision:
     """The decision in `folder`, after checking its signature against the workspace's key and that the workspace's log names it.
 
+    Args:
+        rejudged: a re-judgement is expected, and not a run's own decision.
+
     Raises:
-        DataError: unsigned, signed by another key, malformed, or not in the log; or the log itself was altered.
+        DataError: unsigned, signed by another key, malformed, of the other kind, or not in the log; or the log itself was altered.
     """
     path, key = find_file(folder, DECISION), load_public_key(workspace)
     if not (folder / SIGNATURE).is_file():
@@ -54,14 +65,19 @@ def read_decision(folder: Path, workspace: Path) -> SignedDecision:
         raise DataError(f"{path}: the signature is not this workspace's key over these bytes; decide again in this workspace")
     content = json.loads(data)
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION or set(content) != _KEYS or set(content["digests"]) != _DIGESTS:
+    if isinstance(content, dict) and (REJUDGES in content) != rejudged:
+        kinds = ("the run's own decision", "a re-judgement under another policy, which moves no alias")
+        raise DataError(f"{path}: expected {kinds[rejudged]}, found {kinds[not rejudged]}; give the other one")
+    keys = _KEYS | {REJUDGES} if rejudged else _KEYS
+    if version != SCHEMA_VERSION or set(content) != keys or set(content["digests"]) != _DIGESTS:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         fix = "read it with the version of cbd that made it" if newer else "decide again with this version"
         raise DataError(f"{path}: schema version {version}, expected a decision of schema version {SCHEMA_VERSION}; {fix}")
     digest = hashlib.sha256(data).hexdigest()
     entries = verify_log(workspace / LOG, key=key)
-    if not any(entry["event"] == "decision" and entry["data"].get("decision_digest") == digest for entry in entries):
-        raise DataError(f"{path}: {LOG} of {workspace} names no decision {digest[:12]}; decide again in this workspace")
+    event = "rejudged" if rejudged else "decision"
+    if not any(entry["event"] == event and entry["data"].get("decision_digest") == digest for entry in entries):
+        raise DataError(f"{path}: {LOG} of {workspace} names no {event} {digest[:12]}; decide again in this workspace")
     return SignedDecision(content, digest)
 
 

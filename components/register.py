@@ -5,12 +5,13 @@ from typing import Any
 
 from kfp.dsl import Artifact, Input
 
-from cbd.audit import LOG, append, ensure_key, load_public_key, verify_log
+from cbd.audit import LOG, append, ensure_key
 from cbd.bundle import BundleCard, bundle_digest, read_card
 from cbd.errors import DataError
 from components.accepted import last_accepted
 from components.decision import SignedDecision, read_decision
 from components.records import kfp_component, step
+from components.standing import holder, read_moves, withdrawn
 from components.tracking import check_reachable, find_version, log_run, register_bundle, registered_name, set_alias
 
 BRANCHES = {"PASS": "promote", "REVIEW": "hold"}
@@ -43,11 +44,18 @@ def register(
     full_name = registered_name(name, card.class_names)
     if alias and base is not None and (accepted := last_accepted(workspace, full_name)) not in (base, card.data_digest):
         raise DataError(
-            f"another run was accepted meanwhile (data set {accepted[:12]}), and this one does not hold its delivery; run again"
+            f"another run was accepted meanwhile, or one demoted: this one was added to data set {base[:12] or 'none'}, "
+            f"the accepted one is {accepted[:12] or 'none'}; run again"
         )
     tags = {"cbd.model_digest": model_digest, "cbd.data_digest": card.data_digest, "cbd.revision": revision}
     tags |= {"cbd.verdict": signed.content["verdict"], "cbd.run_id": run_id, "cbd.decision_digest": signed.digest}
-    version = find_version(workspace, full_name, tags) or register_bundle(bundle, decision, workspace=workspace, name=full_name, tags=tags)
+    version = find_version(workspace, full_name, tags)
+    if version and alias and (fallen := withdrawn(read_moves(workspace, full_name), version)):
+        raise DataError(
+            f"{full_name} version {version}: lost its alias since by {fallen['event']} ({fallen['reason']:.200}); "
+            "it does not come back by registering it again, train again"
+        )
+    version = version or register_bundle(bundle, decision, workspace=workspace, name=full_name, tags=tags)
     told = {"name": full_name, "version": version, "alias": alias, "model_digest": model_digest, "branch": branch}
     if alias:
         set_alias(workspace, full_name, alias, version)
@@ -75,12 +83,10 @@ def _check_decision(signed: SignedDecision, card: BundleCard, *, branch: str, ru
 
 
 def _log_once(workspace: Path, told: dict[str, Any]) -> None:
-    """Appends the event `register`, unless the last one about this name and alias says the same."""
-    key = ensure_key(workspace)
-    entries = verify_log(workspace / LOG, key=load_public_key(workspace))
-    same = [e["data"] for e in entries if e["event"] == "register" and all(e["data"].get(k) == told[k] for k in ("name", "alias"))]
-    if not same or same[-1] != told:
-        append(workspace / LOG, "register", told, key=key)
+    """Appends the event `register`, unless the log says the same and the alias, if any, stands there still."""
+    moves = read_moves(workspace, told["name"])
+    if {**told, "event": "register"} not in moves or (told["alias"] and holder(moves, told["alias"]) != told["version"]):
+        append(workspace / LOG, "register", told, key=ensure_key(workspace))
 
 
 @kfp_component

@@ -83,10 +83,10 @@ def _commit(registry: Path, folder: Path, digest: str, place: Place, truth: Path
     return Version(git(registry, "rev-parse", "HEAD"), tag)
 
 
-def find(workspace: Path, digest: str) -> Version | None:
-    """The version of the supplier's data set with this digest; None if the registry has none."""
+def find(workspace: Path, digest: str, *, kind: str = DELIVERY) -> Version | None:
+    """The version of what has this digest, by default a supplier's data set; None if the registry has none of this kind."""
     registry = _current(workspace)
-    return _find(registry, digest, DELIVERY) if registry else None
+    return _find(registry, digest, kind) if registry else None
 
 
 def _find(registry: Path, digest: str, kind: str) -> Version | None:

@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cbd.audit import LOG, load_public_key, locked, verify_log
+from cbd.audit import LOG, locked
 from cbd.bundle import CARD, WEIGHTS, bundle_digest, read_card
 from cbd.config import canonical_json
 from cbd.errors import ConfigError, DataError
 from cbd.files import replacing
 from components.decision import DECISION, SIGNATURE, read_decision
+from components.standing import Move, holder, read_moves, withdrawn
 from components.tracking_runs import LiveCurves, close_run, log_run, open_run, plain
 from components.tracking_store import LOCK, check_reachable, client, ignoring, shown, sqlite_file, tracking_uri
 
@@ -30,7 +31,9 @@ __all__ = [
     "champion_bundle",
     "check_reachable",
     "close_run",
+    "drop_alias",
     "fetch_model",
+    "find_aliases",
     "find_version",
     "log_run",
     "open_run",
@@ -90,6 +93,21 @@ def set_alias(workspace: Path, name: str, alias: str, version: str) -> None:
         mlflow.set_registered_model_alias(name, alias, version)
 
 
+def drop_alias(workspace: Path, name: str, alias: str) -> None:
+    """Takes `alias` off the registered model, if it is there."""
+    with client(workspace) as mlflow, ignoring("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        mlflow.delete_registered_model_alias(name, alias)
+
+
+def find_aliases(workspace: Path) -> dict[tuple[str, str], str]:
+    """Which version stands behind each (name, alias) in MLflow, whoever put it there; nothing where there is no store yet."""
+    if not _has_store(workspace):
+        return {}
+    with client(workspace) as mlflow:
+        models = mlflow.search_registered_models(max_results=1000)
+        return {(model.name, alias): str(version) for model in models for alias, version in model.aliases.items()}
+
+
 def champion_bundle(workspace: Path, name: str, class_names: Sequence[str]) -> tuple[Path, str] | None:
     """The champion's verified bundle folder and its version; None where there is no champion yet.
 
@@ -102,6 +120,11 @@ def champion_bundle(workspace: Path, name: str, class_names: Sequence[str]) -> t
     full_name = registered_name(name, class_names)
     with client(workspace) as mlflow:
         version = _aliased_version(mlflow, full_name, "champion")
+    told = holder(read_moves(workspace, full_name), "champion")
+    if version is None and told is not None:
+        raise DataError(
+            f"models:/{full_name}@champion: no such alias, {LOG} last set version {told}: it was removed; {_mend(full_name, told)}"
+        )
     return (fetch_model(f"models:/{full_name}@champion", workspace), version) if version else None
 
 
@@ -140,11 +163,14 @@ def _fetch_version(uri: str, name: str, alias: str | None, version: str | None, 
         source = _source(mlflow, name, version) if version else None
         if version is None or source is None:
             raise DataError(f"{uri}: no such model in {shown(tracking_uri(workspace))}; look at its aliases and versions there")
+        moves = read_moves(workspace, name)
         if alias:
-            _check_alias(workspace, name, alias, version)
+            _check_alias(moves, name, alias, version)
         fetched = Path(download_artifacts(artifact_uri=source, dst_path=staging, tracking_uri=tracking_uri(workspace)))
         staged = _take_bundle(fetched, Path(staging) / "bundle", uri)
-        target = workspace / "fetched" / _verify_bundle(staged, workspace, alias)
+        digest = _verify_bundle(staged, workspace, alias)
+        _check_registered(moves, version, digest, uri)
+        target = workspace / "fetched" / digest
         with locked(workspace / LOCK):
             if not _same(target, staged):
                 with replacing(target) as temporary:
@@ -179,14 +205,26 @@ def _verify_bundle(folder: Path, workspace: Path, alias: str | None) -> str:
     return signed.digest
 
 
-def _check_alias(workspace: Path, name: str, alias: str, version: str) -> None:
-    entries = verify_log(workspace / LOG, key=load_public_key(workspace))
-    logged = [e["data"] for e in entries if e["event"] == "register" and (e["data"].get("name"), e["data"].get("alias")) == (name, alias)]
-    told = str(logged[-1]["version"]) if logged else "none"
-    if told != version:
-        raise DataError(
-            f"models:/{name}@{alias} is version {version}, {LOG} last set {told}: the alias was moved; run the pipeline to set it again"
-        )
+def _check_alias(moves: Sequence[Move], name: str, alias: str, version: str) -> None:
+    told, fallen = holder(moves, alias), withdrawn(moves, version)
+    if told == version:
+        return
+    why = f" (version {version}: {fallen['event']}, {fallen['reason']:.200})" if fallen else ""
+    raise DataError(
+        f"models:/{name}@{alias} is version {version}, {LOG} last set {told or 'none'}{why}: the alias was moved; {_mend(name, told)}"
+    )
+
+
+def _mend(name: str, version: str | None) -> str:
+    again = f"set it again with: cbd rollback {name} --to {version} --reason WHY" if version else "take it off with: cbd retest --demote"
+    return f"run the pipeline, or {again}"
+
+
+def _check_registered(moves: Sequence[Move], version: str, digest: str, uri: str) -> None:
+    """Raises if the log says that this version was registered with another decision."""
+    told = {move["decision_digest"] for move in moves if move["event"] == "register" and str(move.get("version")) == version}
+    if told and digest not in told:
+        raise DataError(f"{uri}: its decision is {digest[:12]}, {LOG} registered it with {min(told)[:12]}; it was replaced, restore it")
 
 
 def _same(target: Path, fetched: Path) -> bool:

@@ -14,6 +14,7 @@ from pipelines.options import (
     VARIANTS,
     as_json,
     load,
+    load_policy,
     out_option,
     params_options,
     poison_options,
@@ -113,29 +114,48 @@ def evaluate(model: str, trusted: str, truth: Path | None, out: Path | None, wor
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="Data set that the model was trained on.")
-@click.option("--trusted", type=click.Path(path_type=Path), required=True, help="Trusted set that it was measured on.")
-@click.option("--validation", type=click.Path(path_type=Path), required=True, help="What `cbd validate` wrote.")
-@click.option("--evaluation", type=click.Path(path_type=Path), required=True, help="What `cbd evaluate` wrote.")
-@click.option("--canary", type=click.Path(path_type=Path), help="What a run's canary step wrote.")
-@out_option
+@click.argument("subject", metavar="MODEL|RUN")
+@click.option("--policy", type=click.Path(path_type=Path), help="Judge RUN again by section `gate` of this file; goes with RUN alone.")
+@click.option("--data", type=click.Path(path_type=Path), help="Data set that MODEL was trained on.")
+@click.option("--trusted", type=click.Path(path_type=Path), help="Trusted set that it was measured on.")
+@click.option("--validation", type=click.Path(path_type=Path), help="What `cbd validate` wrote.")
+@click.option("--evaluation", type=click.Path(path_type=Path), help="What `cbd evaluate` wrote.")
+@click.option("--canary", type=click.Path(path_type=Path), help="What a run's canary step wrote; may be left out.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write the result.")
 @workspace_option
 @params_options
 @as_json
-def gate(as_json: bool, **options: Any) -> int:
-    """The signed decision on MODEL; the exit code is its verdict's."""
+def gate(subject: str, policy: Path | None, workspace: Path, as_json: bool, **options: Any) -> int:
+    """The signed decision on MODEL, or with --policy on RUN again, a run id or its folder; the exit code is its verdict's.
+
+    MODEL, a bundle folder, takes --data, --trusted, --validation, --evaluation and --out. RUN takes --policy: what it recorded is judged by
+    another policy, and no alias moves.
+    """
     from pipelines import steps
+    from pipelines.console import tell_rejudged
     from pipelines.outcome import EXIT_CODES
 
-    places = {
-        key: options.pop(key)
-        for key in ("model", "data", "trusted", "validation", "evaluation", "canary", "out", "workspace")
-        if options[key]
-    }
-    outputs = steps.gate(places, load(**options))
-    tell(outputs, as_json, f"cbd predict {places['model']} --data IMAGES --out predictions.parquet")
+    if policy is not None:
+        _check_run_alone(subject, options)
+        return tell_rejudged(steps.rejudge(subject, workspace, policy=load_policy(policy)), as_json)
+    names = ("data", "trusted", "validation", "evaluation", "out")
+    places = {name: options.pop(name) for name in names}
+    missing = [f"--{name}" for name in names if places[name] is None]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} missing: MODEL goes with all of them; to judge a finished RUN again give --policy FILE")
+    places["canary"] = options.pop("canary")
+    outputs = steps.gate({**places, "model": Path(subject), "workspace": workspace}, load(**options))
+    tell(outputs, as_json, f"cbd predict {subject} --data IMAGES --out predictions.parquet")
     return EXIT_CODES[outputs["verdict"]]
+
+
+def _check_run_alone(subject: str, options: dict[str, Any]) -> None:
+    """Refuses --policy on a model bundle, or beside an option that is about one."""
+    given = [param.opts[0] for param in click.get_current_context().command.params if options.get(param.name or "") is not None]
+    if given:
+        raise ConfigError(f"--policy judges a finished RUN again by what it recorded; leave out {', '.join(given)}, or leave out --policy")
+    if (Path(subject) / "model.json").is_file():
+        raise ConfigError(f"{subject}: is a model bundle, --policy expects a RUN, its id or folder; by hand a MODEL takes --params FILE")
 
 
 @click.command()

@@ -35,6 +35,25 @@ def tell_outputs(outputs: dict[str, Any], as_json: bool, following: str, *, tabl
     return 0
 
 
+def tell_rejudged(outputs: dict[str, Any], as_json: bool) -> int:
+    """Prints what another policy makes of a run, and which checks it changes; returns the exit code of the new verdict."""
+    if as_json:
+        print(json.dumps(outputs, allow_nan=False))
+    else:
+        for line in _changes(outputs):
+            print(printable(line))
+        print(f"next: cbd report {outputs['run_dir']}")
+    return EXIT_CODES[outputs["verdict"]]
+
+
+def _changes(outputs: dict[str, Any]) -> list[str]:
+    lines = [f"was {outputs['verdict_then']}, is {outputs['verdict']} under policy {_short(outputs['policy_sha256'])}; no alias moves"]
+    lines += [f"policy {name}: {change['then']} -> {change['now']}" for name, change in outputs["changed_policy"].items()]
+    for check in outputs["changed_checks"]:
+        lines.append(f"check {check['check']} {check['name']}: {check['then']} -> {check['now']}: {check['sentence']}")
+    return [*lines, str(outputs["sentence"]), f"decision: {outputs['decision']}"]
+
+
 def _lines(result: dict[str, Any]) -> list[str]:
     data, model = result["data"], result["model"]
     lines = [str(result["sentence"] or result["verdict"])]

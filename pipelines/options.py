@@ -9,7 +9,7 @@ import click
 from cbd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cbd.config import Params
+    from cbd.config import Gate, Params
 
 WORKSPACE = Path("cbd-workspace")
 ATTACKS = ("badnets", "trojan", "blend", "sig", "dynamic", "wanet")
@@ -124,6 +124,15 @@ def load(*, params_path: Path | None, preset: str | None, **overrides: Any) -> "
 
         configure(params.poison.attack, params.poison.trigger)
     return params
+
+
+def load_policy(path: Path) -> "Gate":
+    """The section `gate` of a parameter file, or of a file that holds nothing else; raises ConfigError."""
+    from cbd.config import load_params
+
+    if not path.is_file():
+        raise ConfigError(f"--policy {path}: no such file; give one with a section such as 'gate: {{min_clean_accuracy: 0.9}}'")
+    return load_params(path).gate
 
 
 def new_place(out: Path) -> Path:

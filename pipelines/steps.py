@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cbd.config import Params
+from cbd.config import Gate, Params
 from cbd.errors import DataError
 from cbd.files import replacing
 from pipelines.launch import check_uri
@@ -161,6 +161,23 @@ def gate(places: dict[str, Path], params: Params) -> dict[str, Any]:
 
     subject = Subject(places["data"], places["trusted"], places["validation"], places["evaluation"], places["model"], places.get("canary"))
     return decide(subject, places["out"], policy=params.gate, workspace=places["workspace"], run_id=f"by-hand-{places['out'].name}")
+
+
+@by_hand()
+def rejudge(run: str, workspace: Path, *, policy: Gate) -> dict[str, Any]:
+    """What a run's recorded measurements come to under another policy, signed in the run's folder `judged/` (see `components.rejudge`)."""
+    from components.decide import Subject
+    from components.rejudge import rejudge as judge_again
+
+    run_dir = find_run(run, workspace)
+    decision = find_artifact(run_dir, "decide", "decision")
+    recorded = [("ingest", "dataset"), ("ingest", "trusted_set"), ("validate", "validation")]
+    if (run_dir / "records" / "evaluate.json").is_file():
+        recorded += [("evaluate", "evaluation"), ("train_deconfounded", "model"), ("canary", "canary")]
+    subject = Subject(*(find_artifact(run_dir, *where) for where in recorded))
+    return judge_again(subject, decision, run_dir / "judged", policy=policy, workspace=run_dir.parent.parent, run_id=run_dir.name) | {
+        "run_dir": str(run_dir)
+    }
 
 
 def suspects(run: str, workspace: Path, *, top: int) -> dict[str, Any]:

@@ -101,3 +101,16 @@ def swap(target: Path, source: Path) -> None:
     """Puts a copy of the folder `source` in place of `target`."""
     shutil.rmtree(target)
     shutil.copytree(source, target)
+
+
+def record(case: Case) -> None:
+    """What the steps of a run leave under `<workspace>/runs/<run_id>/records`, as far as the case has it."""
+    parts = [("ingest", "dataset"), ("ingest", "trusted_set"), ("validate", "validation"), ("evaluate", "evaluation")]
+    parts += [("train_deconfounded", "model"), ("decide", "decision")]
+    steps: dict[str, dict[str, str]] = {}
+    for step, artifact in parts:
+        steps.setdefault(step, {})[artifact] = str(case.workspace / case.run_id / artifact)
+    verdict = json.loads((case.decision / "decision.json").read_text())["verdict"]
+    for step, paths in steps.items():
+        outputs = {"paths": paths} | ({"verdict": verdict} if step == "decide" else {})
+        write_json(case.workspace / "runs" / case.run_id / "records" / f"{step}.json", {"status": "succeeded", "outputs": outputs})

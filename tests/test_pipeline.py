@@ -89,6 +89,14 @@ def cbd(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[int, 
     return code, result, told.err
 
 
+def cbd_json(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[int, dict[str, Any], str]:
+    """The same, of a command whose result is not a run's."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    told = capsys.readouterr()
+    return int(ended.value.code or 0), json.loads(told.out.splitlines()[-1]), told.err
+
+
 @contextlib.contextmanager
 def killing(step: str, place: Place, *, after: str = "") -> Iterator[list[int]]:
     """Inside, that step is killed with -9 as soon as it is seen, or as soon as the log holds `after`; yields the killed process."""
@@ -192,6 +200,22 @@ def test_a_second_run_on_the_same_bucket_says_nothing_new_quickly(
     code, told, _ = cbd(capsys, arguments)
     assert time.monotonic() - started < 20
     assert (code, told["nothing_new"]) == (14, {"run_id": Path(first["run_dir"]).name, "verdict": first["verdict"]})
+
+
+def test_a_finished_run_is_judged_by_another_policy_and_its_model_is_tested_again(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    lax = PARAMS.replace("min_clean_accuracy: 0.2", "min_clean_accuracy: 0.0, max_excess_asr: 0.98, block_excess_asr: 0.98")
+    (place.root / "params.yaml").write_text(lax)
+    code, told, _ = cbd(capsys, place.arguments())
+    assert code in (0, 10) and told["model"]["alias"]
+    there = ["--workspace", str(place.workspace), "--json"]
+    same, judged, _ = cbd_json(capsys, ["gate", Path(told["run_dir"]).name, "--policy", str(place.root / "params.yaml"), *there])
+    assert (same, judged["verdict"], judged["changed_checks"]) == (code, told["verdict"], [])
+    (place.root / "strict.yaml").write_text("gate: {min_clean_accuracy: 1.0, min_images: 1000}\n")
+    code, judged, _ = cbd_json(capsys, ["gate", told["run_dir"], "--policy", str(place.root / "strict.yaml"), *there])
+    assert code == outcome.EXIT_CODES[judged["verdict"]] and "clean accuracy" in {check["name"] for check in judged["changed_checks"]}
+    code, again, _ = cbd_json(capsys, ["retest", "--params", str(place.root / "params.yaml"), *there])
+    (row,) = again["models"]
+    assert code == 0 and row["passes"] and row["name"] == told["model"]["name"], row["sentence"]
 
 
 @pytest.mark.parametrize("step", ALWAYS)

@@ -10,7 +10,11 @@ from cbd.gate.samples import check_samples
 from cbd.gate.utility import check_utility
 from cbd.measurements import ConfounderSummary, read_canary, read_evaluation
 
-__all__ = ["VERDICTS", "Check", "Judgement", "decide", "spent"]
+__all__ = ["VERDICTS", "Check", "Judgement", "decide", "judge_again", "spent"]
+
+
+CARRIED = ("validation", "A", "D", "separation", "F")
+"""Checks on the data and the training, which a later test of the model alone cannot repeat."""
 
 
 class Judgement(TypedDict):
@@ -54,6 +58,28 @@ def decide(
         checks.append(_tell_attempt(attempt, strict))
     verdict = worst(checks)
     return Judgement(verdict=verdict, sentence=_sentence(verdict, checks, strict, trial), checks=checks)
+
+
+def judge_again(evaluation: dict[str, Any], signed: list[Check], *, policy: Gate) -> Judgement:
+    """Today's verdict on a model that was decided on before: triggers and utility are judged anew, what rests on the training stays.
+
+    Args:
+        evaluation: content of today's `evaluation.json`.
+        signed: the checks of the signed decision.
+        policy: the `gate` section of `params.yaml`.
+
+    Raises:
+        DataError: the measurements are malformed or contradict themselves.
+    """
+    kept = [check for check in signed if check["check"] in CARRIED]
+    measured = read_evaluation(evaluation)
+    attempts = [int(check["value"]) for check in kept if check["check"] == "F" and check["value"]]
+    strict = spent(policy, max(attempts, default=1))
+    if {check["check"] for check in kept} != set(CARRIED):
+        kept.append(make_check("carried", "earlier checks", "REVIEW", "The signed decision lacks checks on the training: decide again."))
+    checks = [*kept, *check_triggers(measured, strict), *check_utility(measured, strict)]
+    verdict = worst(checks)
+    return Judgement(verdict=verdict, sentence=_sentence(verdict, checks, strict, trial=False), checks=checks)
 
 
 def spent(policy: Gate, attempt: int) -> Gate:
