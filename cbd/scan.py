@@ -87,6 +87,13 @@ def invert(network: Network, images: Tensor, labels: Tensor, *, generator: torch
 def squeeze(network: Network, images: Tensor, labels: Tensor, *, triggers: Triggers, budget: float, generator: torch.Generator) -> Triggers:
     """The trigger per class that turns most images with a mask of at most `budget` pixels; every class is given the same chance.
 
+    The honest null of a transfer. A trigger that was optimised on a harmless model turns most held-out images too (universal
+    perturbations), so that the rate of a flagged class says nothing by itself; and the other classes' triggers at their own, larger norms
+    work as well by construction, so that nothing would be shown; cut down to the flagged norm they would be worse than need be. Hence all
+    classes, the flagged one too, are searched anew within the flagged norm, from where `invert` left them, with the same steps: in a
+    harmless model the flagged class is then only the easiest of K. What remains is that it was chosen for that, which the margin and
+    the p-value before it must carry.
+
     The weight of the norm rises while the mask is over the budget and falls while it is under it. Arguments else as for `invert`.
     """
     search = _Search(triggers.masks.clone(), triggers.patterns.clone())
