@@ -187,6 +187,8 @@ class Gate(Section):
     """Added to the null for BLOCK."""
     null_members: int = Field(default=20, gt=0)
     """Random harmless members per trigger family that make the null."""
+    scan_alpha: float = Field(default=0.02, gt=0, lt=1)
+    """Share of harmless models that the scan for unknown triggers may hold back: its part of the gate's false alarms."""
     min_images: int = Field(default=300, gt=0)
     """Fewer trusted images than this: INCONCLUSIVE."""
     warn_images: int = Field(default=1000, gt=0)

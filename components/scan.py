@@ -1,0 +1,229 @@
+"""Beside the evaluation: triggers that nobody knows are looked for, on the candidate and on the confounder."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kfp import dsl
+
+from cbd.bundle import bundle_digest, read_card
+from cbd.config import Gate
+from cbd.dataset import load_samples, read_batches, read_info
+from cbd.errors import DataError
+from cbd.files import replacing, write_json
+from cbd.scan_record import read_scan
+from components.records import kfp_component, progress
+
+SCAN = "scan.json"
+TRIGGERS = "triggers.png"
+COLUMNS, GAP = 16, 2
+"""Triggers per row of the picture, and grey pixels between them."""
+
+
+class _Trusted(NamedTuple):
+    """The trusted set in two parts: the inversion sees one, triggers are stamped on the other."""
+
+    cal_images: Any
+    cal_labels: Any
+    test_images: Any
+    test_labels: Any
+
+
+def scan(
+    model: Path, confounder: Path | None, trusted_set: Path, out: Path, *, policy: Gate, seed: int, controls: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """What stands out on each model, in brief; all of it goes to `out/scan.json`, pictures of the triggers to `out/triggers.png`.
+
+    Args:
+        model: bundle of the candidate.
+        confounder: bundle of the confounder; None if there is none.
+        trusted_set: data set that does not come from the supplier, with the model's classes.
+        out: gets both files.
+        policy: tells which p-value counts.
+        seed: of the inversion and of the Monte-Carlo null.
+        controls: bundles of harmless models of the same classes; a `scan.json` of this trusted set and seed that lies in one is used.
+
+    Raises:
+        DataError: a bundle or data set is missing or altered, or their classes differ.
+    """
+    started = time.monotonic()
+    info, card = read_info(trusted_set), read_card(model)
+    for bundle in (model, *([confounder] if confounder else []), *controls):
+        if (other := read_card(bundle)).class_names != info.class_names or other.image_size != card.image_size:
+            raise DataError(
+                f"{bundle}: {other.image_size} pixels, classes {list(other.class_names)}; expected {card.image_size} and the trusted set's "
+                f"{list(info.class_names)}; give models and a trusted set that belong together"
+            )
+    trusted = _halves(trusted_set, card.image_size)
+    null = [_control_statistic(control, trusted, info.digest, seed=seed) for control in controls]
+    sources = {"candidate": model, **({"confounder": confounder} if confounder else {})}
+    found: dict[str, Any] = {
+        "schema_version": 1,
+        "model_digest": bundle_digest(model),
+        "confounder_digest": bundle_digest(confounder) if confounder else None,
+        "trusted_digest": info.digest,
+        "seed": seed,
+        "num_classes": len(info.class_names),
+        "num_cal": len(trusted.cal_labels),
+        "num_test": len(trusted.test_labels),
+        "num_controls": len(null),
+        "scan_alpha": policy.scan_alpha,
+        "confounder": None,
+        "transfer": [],
+    }
+    triggers = {}
+    for number, (source, bundle) in enumerate(sources.items()):
+        progress("scan", number, len(sources), source)
+        found[source], triggers[source] = _scan_model(bundle, trusted, null, alpha=policy.scan_alpha, seed=seed)
+        if found[source]["flagged"] is not None:
+            found["transfer"].append(_transfer(source, bundle, triggers[source], trusted, judges=(model, *controls), seed=seed))
+    found["seconds"] = round(time.monotonic() - started, 3)
+    read_scan(found)
+    with replacing(out) as temporary:
+        temporary.mkdir()
+        write_json(temporary / SCAN, found)
+        _draw(list(triggers.values()), temporary / TRIGGERS)
+    progress("scan", len(sources), len(sources))
+    brief = {source: {name: found[source][name] for name in ("statistic", "p_value", "method", "flagged")} for source in sources}
+    return brief | {"transfer": found["transfer"]}
+
+
+def _halves(trusted_set: Path, image_size: int) -> _Trusted:
+    """The trusted set split by sample id, or by the column `group` where it has one."""
+    import pyarrow.parquet as pq
+
+    from cbd.scan import TEST_IMAGES, split
+
+    samples = load_samples(trusted_set, image_size=image_size)
+    shards = sorted(read_info(trusted_set).shards)
+    names = samples.sample_ids
+    if shards and "group" in pq.read_schema(trusted_set / shards[0]).names:
+        names = [str(group) for batch in read_batches(trusted_set, columns=["group"]) for group in batch["group"].to_pylist()]
+    test = split(names)
+    if test.all() or not test.any():
+        raise DataError(f"{trusted_set}: cannot be split in two ({len(set(names))} sample ids or groups); give a larger trusted set")
+    held_out = samples.images[test][:TEST_IMAGES], samples.labels[test][:TEST_IMAGES]
+    return _Trusted(samples.images[~test], samples.labels[~test], *held_out)
+
+
+def _invert(bundle: Path, trusted: _Trusted, *, seed: int) -> Any:
+    import torch
+
+    from cbd.models import load_model
+    from cbd.scan import invert
+    from cbd.training import best_device
+
+    device = best_device()
+    network = load_model(bundle)[0].to(device)
+    images, labels = torch.from_numpy(trusted.cal_images).to(device), torch.from_numpy(trusted.cal_labels).to(device)
+    return invert(network, images, labels, generator=torch.Generator().manual_seed(seed))
+
+
+def _scan_model(bundle: Path, trusted: _Trusted, null: list[float], *, alpha: float, seed: int) -> tuple[dict[str, Any], Any]:
+    """The entry of one model, and its triggers."""
+    from cbd.anomaly import p_value
+
+    triggers = _invert(bundle, trusted, seed=seed)
+    log_norms = triggers.norms.double().log().tolist()
+    statistic, p, method = p_value(log_norms, null, alpha=alpha, seed=seed)
+    entry = {
+        "log_norms": log_norms,
+        "success": triggers.success.double().clamp(0, 1).tolist(),
+        "unreached": (triggers.success == 0).nonzero().flatten().tolist(),
+        "statistic": statistic,
+        "p_value": p,
+        "method": method,
+        "flagged": log_norms.index(min(log_norms)) if p is not None and p <= alpha else None,
+    }
+    return entry, triggers
+
+
+def _control_statistic(control: Path, trusted: _Trusted, trusted_digest: str, *, seed: int) -> float:
+    """The statistic of a harmless model: from the scan in its folder, or anew where that is of other weights, images or seed."""
+    import numpy as np
+
+    from cbd.anomaly import anomaly_indices
+    from components.summary import read_object
+
+    if (control / SCAN).is_file():
+        known = read_scan(read_object(control / SCAN))
+        if (known.model_digest, known.trusted_digest, known.seed) == (bundle_digest(control), trusted_digest, seed):
+            return float(anomaly_indices(np.array(known.candidate.log_norms)).max())
+    return float(anomaly_indices(_invert(control, trusted, seed=seed).norms.double().log().cpu().numpy()).max())
+
+
+def _transfer(source: str, bundle: Path, triggers: Any, trusted: _Trusted, *, judges: Sequence[Path], seed: int) -> dict[str, Any]:
+    """The flagged class's trigger on held-out images, on the first of `judges`, with its null: see `cbd.scan.squeeze`."""
+    import torch
+
+    from cbd.models import load_model
+    from cbd.scan import squeeze, transfers
+    from cbd.training import best_device
+
+    device = best_device()
+    images, labels = torch.from_numpy(trusted.cal_images).to(device), torch.from_numpy(trusted.cal_labels).to(device)
+    target = int(triggers.norms.argmin())
+    squeezed = squeeze(
+        load_model(bundle)[0].to(device),
+        images,
+        labels,
+        triggers=triggers,
+        budget=float(triggers.norms[target]),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    candidate, *controls = [
+        transfers(load_model(judge)[0].to(device), trusted.test_images, trusted.test_labels, triggers=squeezed) for judge in judges
+    ]
+    compared = [*(counts for label, counts in enumerate(candidate) if label != target), *(counts[target] for counts in controls)]
+    k, n = candidate[target]
+    return {"source": source, "target": target, "k": k, "n": n, "null": max((k / n for k, n in compared if n), default=0.0)}
+
+
+def _draw(found: list[Any], path: Path) -> None:
+    """One block per model, one picture of mask times pattern per class, in their order."""
+    import numpy as np
+    from PIL import Image
+
+    blocks = []
+    for triggers in found:
+        shown = (255 * triggers.masks * triggers.patterns).round().byte().cpu().numpy()
+        shown = np.pad(shown, ((0, -len(shown) % COLUMNS), (0, 0), (GAP, GAP), (GAP, GAP)), constant_values=64)
+        count, _, height, width = shown.shape
+        rows = shown.reshape(count // COLUMNS, COLUMNS, 3, height, width).transpose(0, 3, 1, 4, 2)
+        blocks.append(rows.reshape(-1, COLUMNS * width, 3))
+    Image.fromarray(np.concatenate(blocks)).save(path)
+
+
+@kfp_component
+def scan_step(
+    records: str,
+    seed: int,
+    gate: dict,
+    trusted_set: dsl.Input[dsl.Dataset],
+    confounder: dsl.Input[dsl.Model],
+    model: dsl.Input[dsl.Model],
+    scanned: dsl.Output[dsl.Artifact],
+):
+    """Looks for unknown triggers.
+
+    Args:
+        records: prefix of the step records.
+        seed: seed of the inversion.
+        gate: section `gate` of params.yaml.
+        trusted_set: the trusted set.
+        confounder: what stage 1 left behind.
+        model: the candidate.
+        scanned: what was found, and pictures of the triggers.
+    """
+    from pathlib import Path
+
+    from cbd.config import Gate, check_section
+    from components.records import step
+    from components.scan import scan
+
+    with step(records, "scan") as outputs:
+        outputs["paths"] = {"scanned": scanned.path}
+        policy = check_section(Gate, gate, name="gate")
+        paths = (Path(model.path), Path(confounder.path), Path(trusted_set.path), Path(scanned.path))
+        outputs |= scan(*paths, policy=policy, seed=seed)
