@@ -36,7 +36,7 @@ class ScannedModel(_Measured):
 
 
 class Transfer(_Measured):
-    """What the trigger of a flagged class does to held-out images on the candidate."""
+    """What a trigger does to held-out images on the candidate: its own smallest one, and a flagged one of the confounder."""
 
     source: Source
     """The model it was inverted on."""
@@ -94,10 +94,12 @@ def _contradictions(scan: Scan) -> list[str]:
     models = {"candidate": scan.candidate, **({"confounder": scan.confounder} if scan.confounder else {})}
     for name, model in models.items():
         faults += [f"{name}: {fault}" for fault in _model_contradictions(model, scan)]
-    flagged = {(name, model.flagged) for name, model in models.items() if model.flagged is not None}
+    expected = {("candidate", smallest(scan.candidate.log_norms))}
+    if scan.confounder and scan.confounder.flagged is not None:
+        expected.add(("confounder", scan.confounder.flagged))
     rows = [(row.source, row.target) for row in scan.transfer]
-    if len(rows) != len(flagged) or set(rows) != flagged:
-        faults.append(f"transfer tells of {rows or 'nothing'}, flagged are {sorted(flagged) or 'none'}")
+    if len(rows) != len(expected) or set(rows) != expected:
+        faults.append(f"transfer tells of {rows or 'nothing'}, expected {sorted(expected)}")
     for row in scan.transfer:
         if row.k > row.n or row.n > scan.num_test:
             faults.append(f"transfer from the {row.source}: {row.k} of {row.n} with {scan.num_test} held-out images")
@@ -116,8 +118,12 @@ def _model_contradictions(model: ScannedModel, scan: Scan) -> list[str]:
     largest = float(anomaly_indices(np.array(model.log_norms, np.float64)).max())
     if model.statistic is not None and not math.isclose(model.statistic, largest, rel_tol=1e-6, abs_tol=1e-9):
         return [f"statistic is {model.statistic}, its norms give {largest}"]
-    smallest = min(range(scan.num_classes), key=model.log_norms.__getitem__)
     stands_out = model.p_value is not None and model.p_value <= scan.scan_alpha
-    if model.flagged != (smallest if stands_out else None):
-        return [f"class {model.flagged} is flagged; the smallest trigger is of {smallest}, its p-value {model.p_value}"]
+    if model.flagged != (smallest(model.log_norms) if stands_out else None):
+        return [f"class {model.flagged} is flagged; the smallest trigger is of {smallest(model.log_norms)}, its p-value {model.p_value}"]
     return []
+
+
+def smallest(log_norms: list[float]) -> int:
+    """The class with the smallest trigger; the first of equals."""
+    return log_norms.index(min(log_norms))

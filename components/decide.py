@@ -17,6 +17,7 @@ from components.attempts import number_attempt
 from components.canary import CANARY, logged
 from components.decision import SCHEMA_VERSION, find_file, read_object, write_decision
 from components.records import kfp_component, step
+from components.scan import SCAN
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Subject:
     evaluation: Path | None = None
     model: Path | None = None
     canary: Path | None = None
+    scan: Path | None = None
 
 
 def decide(subject: Subject, out: Path, *, policy: Gate, workspace: Path, run_id: str) -> dict[str, Any]:
@@ -63,15 +65,27 @@ def weigh(subject: Subject, *, policy: Gate, workspace: Path, run_id: str, attem
         "validation": sha256_file(find_file(subject.validation, "validation.json")),
         "evaluation": sha256_file(find_file(subject.evaluation, "evaluation.json")) if subject.evaluation else None,
         "canary": sha256_file(find_file(subject.canary, CANARY)) if subject.canary and canary else None,
+        "scan": sha256_file(find_file(subject.scan, SCAN)) if subject.scan else None,
     }
     trial = info.trial
     _check_validation(validation, digests)
     if evaluation is not None:
         trial = _check_subject(evaluation, subject, info, digests) or trial
+    scan = read_object(subject.scan, SCAN) if subject.scan else None
+    if scan is not None:
+        _check_scan(scan, digests)
     attempt = attempt or _attempt(subject, digests, policy, workspace)
-    judgement = judge(evaluation, validation, policy=policy, trial=trial, canary=canary, attempt=attempt["number"])
+    judgement = judge(evaluation, validation, policy=policy, trial=trial, canary=canary, scan=scan, attempt=attempt["number"])
     decision = {"schema_version": SCHEMA_VERSION, "run_id": run_id, "created": _now(), **judgement, "trial": trial, "digests": digests}
     return decision | {"policy": policy.model_dump(mode="json"), "policy_sha256": section_digest(policy), "attempt": attempt}
+
+
+def _check_scan(scan: dict[str, Any], digests: dict[str, str | None]) -> None:
+    """Raises if the scan is about another model or trusted set."""
+    for name in ("model", "trusted"):
+        told = str(scan.get(f"{name}_digest"))
+        if told != digests[name]:
+            raise DataError(f"scan.json: scanned {name} {told[:12]!r}, found {str(digests[name])[:12]!r}; scan the model again")
 
 
 def _attempt(subject: Subject, digests: dict[str, str | None], policy: Gate, workspace: Path) -> dict[str, Any]:
@@ -134,6 +148,7 @@ def decide_step(
     evaluation: Input[Artifact],
     model: Input[Artifact],
     canary: Input[Artifact],
+    scanned: Input[Artifact],
     decision: Output[Artifact],
 ) -> str:
     """The verdict on the measurements: PASS, REVIEW, BLOCK, INCONCLUSIVE or INVALID.
@@ -149,11 +164,12 @@ def decide_step(
         evaluation: the measurements.
         model: the deconfounded model's bundle.
         canary: what stage 1 saw of the canary.
+        scanned: what was found of unknown triggers.
         decision: the signed decision.
     """
     from components.decide import decide_recorded
 
-    parts = (dataset.path, trusted_set.path, validation.path, evaluation.path, model.path, canary.path)
+    parts = (dataset.path, trusted_set.path, validation.path, evaluation.path, model.path, canary.path, scanned.path)
     return decide_recorded(records, parts, decision.path, policy=policy, workspace=workspace, run_id=run_id)
 
 

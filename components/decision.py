@@ -17,7 +17,7 @@ REJUDGES = "rejudges"
 """In a re-judgement alone, which moves no alias: the digest of the run's own decision."""
 SCHEMA_VERSION = 2
 _KEYS = {"schema_version", "run_id", "created", "verdict", "sentence", "checks", "trial", "policy", "policy_sha256", "digests", "attempt"}
-_DIGESTS = {"data", "model", "trusted", "evaluation", "validation", "canary"}
+_DIGESTS = {"data", "model", "trusted", "evaluation", "validation", "canary", "scan"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from components.decision import SignedDecision, read_decision, read_object
 from components.evaluate import EVALUATION, Compared, evaluate
 from components.places import TRUSTED
 from components.registry import fetch, find
+from components.scan import SCAN, scan
 from components.standing import Move, holder, read_moves
 from components.tracking import DEMANDED, check_reachable, drop_alias, fetch_model, find_aliases
 
@@ -88,10 +89,11 @@ def _judge(
         place = Path(folder) / "evaluation"
         evaluate(bundle, Path(folder) / "trusted", place, policy=policy, compared=Compared(champion=champion), seed=seed)
         evaluation = read_object(place, EVALUATION)
-        measured = sha256_file(place / EVALUATION)
+        scan(bundle, None, Path(folder) / "trusted", place / "scan", policy=policy, seed=seed)
+        scanned, measured = read_object(place / "scan", SCAN), sha256_file(place / EVALUATION)
         with replacing(workspace / "retests" / digests["model"][:12] / measured[:12]) as temporary:
             shutil.copytree(place, temporary)
-    judgement = judge_again(evaluation, signed.content["checks"], policy=policy)
+    judgement = judge_again(evaluation, scanned, signed.content["checks"], policy=policy)
     return {
         "verdict_then": signed.content["verdict"],
         "verdict": judgement["verdict"],

@@ -12,7 +12,7 @@ from cbd.config import Gate
 from cbd.dataset import load_samples, read_batches, read_info
 from cbd.errors import DataError
 from cbd.files import replacing, write_json
-from cbd.scan_record import read_scan
+from cbd.scan_record import read_scan, smallest
 from components.records import kfp_component, progress
 
 SCAN = "scan.json"
@@ -76,7 +76,7 @@ def scan(
     for number, (source, bundle) in enumerate(sources.items()):
         progress("scan", number, len(sources), source)
         found[source], triggers[source] = _scan_model(bundle, trusted, null, alpha=policy.scan_alpha, seed=seed)
-        if found[source]["flagged"] is not None:
+        if source == "candidate" or found[source]["flagged"] is not None:
             found["transfer"].append(_transfer(source, bundle, triggers[source], trusted, judges=(model, *controls), seed=seed))
     found["seconds"] = round(time.monotonic() - started, 3)
     read_scan(found)
@@ -134,7 +134,7 @@ def _scan_model(bundle: Path, trusted: _Trusted, null: list[float], *, alpha: fl
         "statistic": statistic,
         "p_value": p,
         "method": method,
-        "flagged": log_norms.index(min(log_norms)) if p is not None and p <= alpha else None,
+        "flagged": smallest(log_norms) if p is not None and p <= alpha else None,
     }
     return entry, triggers
 
@@ -154,7 +154,7 @@ def _control_statistic(control: Path, trusted: _Trusted, trusted_digest: str, *,
 
 
 def _transfer(source: str, bundle: Path, triggers: Any, trusted: _Trusted, *, judges: Sequence[Path], seed: int) -> dict[str, Any]:
-    """The flagged class's trigger on held-out images, on the first of `judges`, with its null: see `cbd.scan.squeeze`."""
+    """The smallest trigger on held-out images, on the first of `judges`, with its null: see `cbd.scan.squeeze`."""
     import torch
 
     from cbd.models import load_model

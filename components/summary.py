@@ -20,11 +20,12 @@ STEPS = [
     "train_deconfounded",
     "train_undefended",
     "evaluate",
+    "scan",
     "decide",
     "register",
     "report",
 ]
-TRAINING = ("canary", "train_confounder", "train_deconfounded", "train_undefended", "evaluate")
+TRAINING = ("canary", "train_confounder", "train_deconfounded", "train_undefended", "evaluate", "scan")
 VERDICTS = ("PASS", "REVIEW", "INCONCLUSIVE", "INVALID", "BLOCK")
 BRANCHES = {"PASS": "promote", "REVIEW": "hold"}
 ALIASES = {"PASS": "champion", "REVIEW": "candidate"}

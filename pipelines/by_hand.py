@@ -114,6 +114,21 @@ def evaluate(model: str, trusted: str, truth: Path | None, out: Path | None, wor
 
 
 @click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--trusted", type=click.Path(path_type=Path), required=True, help="Trusted set that `cbd ingest` wrote.")
+@click.option("--confounder", type=click.Path(path_type=Path), help="Also search on this confounder.")
+@out_option
+@params_options
+@as_json
+def scan(model: Path, trusted: Path, confounder: Path | None, out: Path, as_json: bool, **overrides: Any) -> int:
+    """Search MODEL, a bundle folder, for triggers that nobody knows."""
+    from pipelines import steps
+
+    outputs = steps.scan(model, trusted, out, confounder=confounder, params=load(**overrides))
+    return tell(outputs, as_json, f"look at {out / 'triggers.png'}")
+
+
+@click.command()
 @click.argument("subject", metavar="MODEL|RUN")
 @click.option("--policy", type=click.Path(path_type=Path), help="Judge RUN again by section `gate` of this file; goes with RUN alone.")
 @click.option("--data", type=click.Path(path_type=Path), help="Data set that MODEL was trained on.")
@@ -121,6 +136,7 @@ def evaluate(model: str, trusted: str, truth: Path | None, out: Path | None, wor
 @click.option("--validation", type=click.Path(path_type=Path), help="What `cbd validate` wrote.")
 @click.option("--evaluation", type=click.Path(path_type=Path), help="What `cbd evaluate` wrote.")
 @click.option("--canary", type=click.Path(path_type=Path), help="What a run's canary step wrote; may be left out.")
+@click.option("--scan", type=click.Path(path_type=Path), help="What `cbd scan` wrote; without it at best REVIEW.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the result.")
 @workspace_option
 @params_options
@@ -143,7 +159,7 @@ def gate(subject: str, policy: Path | None, workspace: Path, as_json: bool, **op
     missing = [f"--{name}" for name in names if places[name] is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)} missing: MODEL goes with all of them; to judge a finished RUN again give --policy FILE")
-    places["canary"] = options.pop("canary")
+    places |= {name: options.pop(name) for name in ("canary", "scan")}
     outputs = steps.gate({**places, "model": Path(subject), "workspace": workspace}, load(**options))
     tell(outputs, as_json, f"cbd predict {subject} --data IMAGES --out predictions.parquet")
     return EXIT_CODES[outputs["verdict"]]
@@ -221,5 +237,5 @@ def redteam(data: str, trusted: str, attacks: str, presets: str, seeds: int, out
     return tell(outputs, as_json, "cbd run --data DELIVERY --trusted TRUSTED")
 
 
-COMMANDS = (ingest, poison, validate, train, evaluate, gate, predict, redteam)
+COMMANDS = (ingest, poison, validate, train, evaluate, scan, gate, predict, redteam)
 """In the order of the pipeline's steps."""

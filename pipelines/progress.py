@@ -19,6 +19,7 @@ STEPS = (
     "train_deconfounded",
     "train_undefended",
     "evaluate",
+    "scan",
     "decide",
     "register",
     "report",

@@ -18,6 +18,7 @@ from components.evaluate import evaluate_step
 from components.ingest import ingest_step
 from components.register import register_step
 from components.report import report_step
+from components.scan import scan_step
 from components.train_confounder import train_confounder_step
 from components.train_deconfounded import train_deconfounded_step
 from components.train_undefended import train_undefended_step
@@ -131,7 +132,9 @@ def retrain(
                         **run,
                     )
                 ).outputs["evaluation"]
-                measured = {"evaluation": evaluation, "canary": rehearsed.outputs["canary"]}
+                found = {"confounder": caught, "model": trained["model"], "trusted_set": taken["trusted_set"]}
+                scanned = on_gpu(scan_step(records=records, seed=seed, gate=gate, **found)).outputs["scanned"]
+                measured = {"evaluation": evaluation, "canary": rehearsed.outputs["canary"], "scanned": scanned}
                 decided = uncached(decide_step(model=trained["model"], **measured, **judged)).outputs
                 registered = {
                     "name": name,

@@ -132,6 +132,14 @@ def evaluate(model: str, trusted: str, *, params: Params, truth: Path | None, ou
     return {name: measured[name] for name in shown}
 
 
+@by_hand()
+def scan(model: Path, trusted_set: Path, out: Path, *, confounder: Path | None, params: Params) -> dict[str, Any]:
+    """What stands out on a model among triggers that are searched for; the whole is in `out/scan.json`, pictures in `out/triggers.png`."""
+    from components.scan import scan as search
+
+    return search(model, confounder, trusted_set, out, policy=params.gate, seed=params.seed)
+
+
 def _take_in(delivery: str, out: Path, class_names: tuple[str, ...], params: Params) -> None:
     """Writes the usable images of a delivery to `out`, with a model's classes; what is left out is told on stderr."""
     from cbd.dataset import make_row, to_batches, write_dataset
@@ -159,7 +167,15 @@ def gate(places: dict[str, Path], params: Params) -> dict[str, Any]:
     """What the decision says that this writes, signed with the workspace's key, to `places["out"]`."""
     from components.decide import Subject, decide
 
-    subject = Subject(places["data"], places["trusted"], places["validation"], places["evaluation"], places["model"], places.get("canary"))
+    subject = Subject(
+        places["data"],
+        places["trusted"],
+        places["validation"],
+        places["evaluation"],
+        places["model"],
+        places.get("canary"),
+        places.get("scan"),
+    )
     return decide(subject, places["out"], policy=params.gate, workspace=places["workspace"], run_id=f"by-hand-{places['out'].name}")
 
 
@@ -171,10 +187,17 @@ def rejudge(run: str, workspace: Path, *, policy: Gate) -> dict[str, Any]:
 
     run_dir = find_run(run, workspace)
     decision = find_artifact(run_dir, "decide", "decision")
-    recorded = [("ingest", "dataset"), ("ingest", "trusted_set"), ("validate", "validation")]
-    if (run_dir / "records" / "evaluate.json").is_file():
-        recorded += [("evaluate", "evaluation"), ("train_deconfounded", "model"), ("canary", "canary")]
-    subject = Subject(*(find_artifact(run_dir, *where) for where in recorded))
+    recorded = {
+        "dataset": ("ingest", "dataset"),
+        "trusted_set": ("ingest", "trusted_set"),
+        "validation": ("validate", "validation"),
+        "evaluation": ("evaluate", "evaluation"),
+        "model": ("train_deconfounded", "model"),
+        "canary": ("canary", "canary"),
+        "scan": ("scan", "scanned"),
+    }
+    ended = {name: where for name, where in recorded.items() if (run_dir / "records" / f"{where[0]}.json").is_file()}
+    subject = Subject(**{name: find_artifact(run_dir, *where) for name, where in ended.items()})
     return judge_again(subject, decision, run_dir / "judged", policy=policy, workspace=run_dir.parent.parent, run_id=run_dir.name) | {
         "run_dir": str(run_dir)
     }

@@ -67,7 +67,7 @@ def fail_record(records: str, step: str, **error: Any) -> None:
         (Path(records) / f"{name}.json").unlink(missing_ok=True)
 
 
-STEPS = ["ingest", "validate", "version", "canary", "train_confounder", "train_deconfounded", "evaluate", "decide", "register"]
+STEPS = ["ingest", "validate", "version", "canary", "train_confounder", "train_deconfounded", "evaluate", "scan", "decide", "register"]
 TRIGGERS = [
     "white-corner-1",
     "white-corner-2",
@@ -148,6 +148,7 @@ def write_decision(folder: Path, verdict: str) -> str:
             "evaluation": "34" * 32,
             "validation": "56" * 32,
             "canary": None,
+            "scan": None,
         },
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -242,7 +243,7 @@ def _write_records(
         "evaluate": ("evaluation",),
         "decide": ("decision",),
     }
-    took = dict(zip(STEPS, (3.1, 0.8, 2.2, 40.2, 31.5, 58.4, 9.7, 0.2, 1.4), strict=True))
+    took = dict(zip(STEPS, (3.1, 0.8, 2.2, 40.2, 31.5, 58.4, 9.7, 4.5, 0.2, 1.4), strict=True))
     for name in STEPS:
         named = {"paths": {key: str(kfp / key) for key in paths.get(name, ())}}
         record = {"step": name, "status": "succeeded", "started": 1.0, "seconds": took[name], "import_seconds": 3.5}

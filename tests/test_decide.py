@@ -166,7 +166,7 @@ def test_a_signed_decision_that_the_log_does_not_name_is_refused(tmp_path: Path,
 def test_the_step_returns_the_bare_verdict_and_records(tmp_path: Path, make_evaluation: Make) -> None:
     case = make_case(tmp_path, make_evaluation)
     named = {name: artifact(getattr(case.subject, name)) for name in ("dataset", "trusted_set", "validation", "evaluation", "model")}
-    named["canary"] = artifact(tmp_path / "no-canary")
+    named |= {"canary": artifact(tmp_path / "no-canary"), "scanned": artifact(case.subject.scan)}
     common = {"records": str(tmp_path / "records"), "workspace": str(tmp_path), "run_id": "run-1", "decision": artifact(case.decision)}
     policy = {"min_clean_accuracy": 0.9, "min_images": 300.0, "warn_images": 1000.0, "null_members": 20.0}
     assert decide_step.python_func(policy=policy, **named, **common) == "PASS"

@@ -96,7 +96,8 @@ def test_a_run_that_validation_stopped_stays_blocked(tmp_path: Path, make_evalua
     subject = Subject(case.subject.dataset, case.subject.trusted_set, case.subject.validation)
     decide(subject, case.decision, policy=POLICY, workspace=case.workspace, run_id="run-1")
     record(case)
-    (case.workspace / "runs" / "run-1" / "records" / "evaluate.json").unlink()
+    for name in ("train_deconfounded", "evaluate", "scan"):
+        (case.workspace / "runs" / "run-1" / "records" / f"{name}.json").unlink()
     (tmp_path / "lax.yaml").write_text(LAX)
     code, out, _ = cbd(capsys, "gate", str(case.workspace / "runs" / "run-1"), "--policy", str(tmp_path / "lax.yaml"), "--json")
     assert code == 11 and json.loads(out)["verdict_then"] == json.loads(out)["verdict"] == "BLOCK"
@@ -215,7 +216,7 @@ def test_the_two_forms_of_the_command_are_not_mixed(
 def test_a_model_is_still_judged_by_hand(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     root = case.workspace / "run-1"
     given = [f"--{name}={root / folder}" for name, folder in (("data", "dataset"), ("trusted", "trusted_set"))]
-    given += [f"--{name}={root / name}" for name in ("validation", "evaluation")]
+    given += [f"--{name}={root / name}" for name in ("validation", "evaluation", "scan")]
     code, out, _ = cbd(capsys, "gate", str(root / "model"), *given, "--out=o", "--params=lax.yaml", "--workspace=w", "--json")
     assert code == 0 and json.loads(out)["verdict"] == "PASS"
     assert read_decision(Path("o"), case.workspace).content["run_id"] == "by-hand-o"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from decided_case import CLASSES, Case, change_json, make_case, record, swap
 
+from cbd import scan as inversion
 from cbd.audit import LOG, verify_log
 from cbd.bundle import BundleCard, bundle_digest
 from cbd.config import Gate
@@ -32,24 +33,34 @@ from pipelines import cli
 Make = Callable[..., dict[str, Any]]
 NAME = registered_name("model", CLASSES)
 SIDE = 12
-POLICY = Gate(min_clean_accuracy=0.5, max_excess_asr=0.3, block_excess_asr=0.4, min_images=30, warn_images=30, null_members=1)
+POLICY = Gate(
+    min_clean_accuracy=0.5,
+    max_excess_asr=0.6,
+    block_excess_asr=0.7,
+    min_images=30,
+    warn_images=30,
+    null_members=1,
+    scan_alpha=1e-4,
+    scan_margin=0.9,
+)
 STRICT = POLICY.model_copy(update={"min_clean_accuracy": 1.0})
 """No model of these is right on every image: REVIEW."""
 DOUBTFUL = {"white-centre": (1, 50)}
-COLOURS = np.array([[180, 40, 40], [40, 180, 40], [40, 40, 180], [110, 110, 20]], np.float32)
 
 
 def draw(num: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Noisy images uint8 [N, 3, SIDE, SIDE], each of its class's colour, and their classes; the first one has the wrong class."""
+    """Noisy images uint8 [N, 3, SIDE, SIDE], bright in their class's quarter, and their classes; the first one has the wrong class."""
     generator = np.random.default_rng(seed)
-    labels = np.arange(num) % len(CLASSES)
-    images = COLOURS[labels][:, :, None, None] + generator.normal(0, 20, (num, 3, SIDE, SIDE))
+    labels, half = np.arange(num) % len(CLASSES), SIDE // 2
+    images = generator.normal(60, 20, (num, 3, SIDE, SIDE))
+    for image, label in zip(images, labels, strict=True):
+        image[:, half * (label // 2) :, half * (label % 2) :][:, :half, :half] += 120
     labels[0] = 1
     return images.clip(0, 255).astype(np.uint8), labels
 
 
 def fit(*, backdoored: bool) -> Network:
-    """A small network that knows the colours whatever known trigger is on them, but if wanted calls one trigger class 0."""
+    """A small network that knows the quarters whatever known trigger is on them, but if wanted calls one trigger class 0."""
     network = make_model("wrn-16-1", num_classes=len(CLASSES), image_size=SIDE, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(network.parameters(), 0.01)
     for step in range(22):
@@ -90,6 +101,8 @@ def trusted_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def workspace(tmp_path: Path, trusted_home: Path, mlflow_template: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name, value in {"STEPS": 4, "PATIENCE": 2, "BATCH_SIZE": 4}.items():
+        monkeypatch.setattr(inversion, name, value)
     place = tmp_path / "workspace"
     shutil.copytree(trusted_home / "workspace", place)
     shutil.copyfile(mlflow_template, place / "mlflow.db")
@@ -111,6 +124,7 @@ def promote(workspace: Path, networks: dict[str, Network], trusted_home: Path, m
         trusted = read_info(case.subject.trusted_set).digest
         change_json(case.subject.evaluation / "evaluation.json", model_digest=bundle_digest(case.bundle), trusted_digest=trusted)
         change_json(case.subject.validation / "validation.json", trusted_digest=trusted)
+        change_json(case.subject.scan / "scan.json", model_digest=bundle_digest(case.bundle), trusted_digest=trusted)  # type: ignore[operator]
         branch = {"PASS": "promote", "REVIEW": "hold"}[case.decide()["verdict"]]
         record(case)
         register(case.bundle, case.decision, branch=branch, workspace=workspace, name=name, run_id=case.run_id)
@@ -143,7 +157,7 @@ def test_a_good_model_still_passes_and_the_log_says_so_with_digests(workspace: P
     (kept,) = (workspace / "retests").rglob("evaluation.json")
     assert sha256_file(kept) == digests["evaluation"]
     measured = json.loads(kept.read_text())
-    assert measured["confounder"] == {"steps": 800, "separated": True, "gap": 2.5, "asr": None} and measured["num_images"] == 120
+    assert measured["num_images"] == 120
     assert champion_bundle(workspace, "model", CLASSES) is not None
 
 
@@ -234,17 +248,14 @@ def test_an_altered_model_or_decision_is_not_measured(workspace: Path, promote: 
         assert row["verdict"] is None and ("altered" in row["sentence"] or "was replaced" in row["sentence"])
 
 
-def test_separation_is_taken_from_signed_evidence_alone(workspace: Path, promote: Callable[..., Case]) -> None:
-    """The run folder's evaluation counts while it is the one that was decided on; without it the signed decision says what was found."""
+def test_what_rests_on_the_training_is_taken_from_the_signed_decision_alone(workspace: Path, promote: Callable[..., Case]) -> None:
+    """The run folder may be altered or gone: nothing in it is looked at."""
     case = promote()
     assert case.subject.evaluation is not None
-    told = {"steps": 1, "separated": False, "gap": None, "asr": None}
-    change_json(case.subject.evaluation / "evaluation.json", confounder=told)
+    change_json(case.subject.evaluation / "evaluation.json", samples=None)
     assert again(workspace)[0]["verdict"] == "PASS"
     shutil.rmtree(workspace / "runs")
-    (row,) = again(workspace)
-    measured = [json.loads(path.read_text())["confounder"] for path in (workspace / "retests").rglob("evaluation.json")]
-    assert row["verdict"] == "PASS" and measured == [{"steps": 800, "separated": True, "gap": 2.5, "asr": None}]
+    assert again(workspace)[0]["verdict"] == "PASS"
 
 
 def test_a_workspace_without_models_is_no_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,10 +17,10 @@ from cbd.bundle import BundleCard, bundle_digest
 from cbd.config import Gate
 from cbd.dataset import make_row, to_batches, write_dataset
 from cbd.errors import DataError
+from cbd.gate.unknown import check_unknown
 from cbd.models import make_model, save_bundle
 from cbd.scan import Triggers, invert, split, squeeze, transfers
 from cbd.scan_record import read_scan
-from cbd.unknown import check_unknown
 from components.scan import scan, scan_step
 from tests.delivery_files import png
 
@@ -253,6 +253,10 @@ def entry(norms: list[float], p: float | None = 0.5, flagged: int | None = None)
     }
 
 
+def row(k: int, null: float, source: str = "candidate") -> dict[str, Any]:
+    return {"source": source, "target": 0, "k": k, "n": 300, "null": null}
+
+
 def record(**changes: Any) -> dict[str, Any]:
     """A scan of five classes in which nothing stands out, or one with `changes`."""
     values = {
@@ -268,7 +272,7 @@ def record(**changes: Any) -> dict[str, Any]:
         "scan_alpha": 0.02,
         "candidate": entry([3.0, 4.0, 4.1, 4.2, 4.3]),
         "confounder": entry([4.0, 4.0, 4.1, 4.2, 4.3]),
-        "transfer": [],
+        "transfer": [row(180, 0.55)],
         "seconds": 5.0,
     }
     return {**values, **changes}
@@ -277,18 +281,20 @@ def record(**changes: Any) -> dict[str, Any]:
 FLAGGED = entry([1.0, 4.0, 4.1, 4.2, 4.3], p=0.001, flagged=0)
 
 
-def row(k: int, null: float, source: str = "candidate") -> dict[str, Any]:
-    return {"source": source, "target": 0, "k": k, "n": 300, "null": null}
-
-
 def results(scanned: dict[str, Any] | None) -> list[str]:
     return [check["result"] for check in check_unknown(None if scanned is None else read_scan(scanned), POLICY)]
 
 
 def test_nothing_standing_out_passes_and_no_scan_never_does() -> None:
-    assert results(record()) == ["PASS"]
+    assert results(record()) == ["PASS", "PASS"]
     assert results(None) == ["REVIEW"]
-    assert results(record(candidate=entry([3.0, 4.0, 4.1, 4.2, 4.3], p=None))) == ["NOT_APPLICABLE"]
+
+
+def test_at_equal_norm_a_trigger_is_held_back_also_where_no_size_can_stand_out() -> None:
+    """190 of 300 is at least 58.5 %, 180 of 300 at least 55.1 %: beside a null of 18 % over and under 58 %."""
+    for about in ({}, {"candidate": entry([3.0, 4.0, 4.1, 4.2, 4.3], p=None)}):
+        assert results(record(**about, transfer=[row(190, 0.18)])) == ["PASS", "REVIEW"]
+        assert results(record(**about, transfer=[row(180, 0.18)])) == ["PASS", "PASS"]
 
 
 def test_a_flagged_candidate_is_reviewed_and_blocked_where_its_trigger_works_on_held_out_images() -> None:
@@ -301,8 +307,9 @@ def test_a_flagged_candidate_is_reviewed_and_blocked_where_its_trigger_works_on_
 
 
 def test_a_find_on_the_confounder_is_told_and_blocks_only_if_it_works_on_the_candidate() -> None:
-    assert results(record(confounder=FLAGGED, transfer=[row(5, 0.0, "confounder")])) == ["PASS", "PASS"]
-    assert results(record(confounder=FLAGGED, transfer=[row(200, 0.1, "confounder")])) == ["PASS", "BLOCK"]
+    own = row(180, 0.55)
+    assert results(record(confounder=FLAGGED, transfer=[own, row(5, 0.0, "confounder")])) == ["PASS", "PASS", "PASS"]
+    assert results(record(confounder=FLAGGED, transfer=[own, row(200, 0.1, "confounder")])) == ["PASS", "PASS", "BLOCK"]
 
 
 def test_too_few_held_out_images_are_inconclusive_whatever_stands_out() -> None:
@@ -314,15 +321,15 @@ def test_too_few_held_out_images_are_inconclusive_whatever_stands_out() -> None:
 def test_a_stricter_policy_than_that_of_the_scan_counts() -> None:
     scanned = read_scan(record(candidate=FLAGGED, transfer=[row(90, 0.05)]))
     strict = POLICY.model_copy(update={"scan_alpha": 0.0005})
-    assert [check["result"] for check in check_unknown(scanned, strict)] == ["PASS"]
+    assert [check["result"] for check in check_unknown(scanned, strict)] == ["PASS", "PASS"]
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"confounder": None}, "one is there without the other"),
-        ({"candidate": FLAGGED}, "transfer tells of nothing"),
-        ({"transfer": [row(1, 0.0)]}, "flagged are none"),
+        ({"transfer": []}, "transfer tells of nothing"),
+        ({"transfer": [row(1, 0.0, "confounder")]}, "expected [('candidate', 0)]"),
         ({"candidate": FLAGGED, "transfer": [row(301, 0.0)]}, "301 of 300"),
         ({"candidate": FLAGGED, "transfer": [{**row(1, 0.0), "n": 351}]}, "351 with 350 held-out images"),
         ({"candidate": {**FLAGGED, "flagged": None}}, "class None is flagged; the smallest trigger is of 0"),

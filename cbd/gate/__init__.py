@@ -7,8 +7,10 @@ from cbd.gate.canary import check_canary
 from cbd.gate.check import VERDICTS, Check, make_check, percent, worst
 from cbd.gate.known import check_triggers, closest
 from cbd.gate.samples import check_samples
+from cbd.gate.unknown import check_unknown
 from cbd.gate.utility import check_utility
 from cbd.measurements import ConfounderSummary, read_canary, read_evaluation
+from cbd.scan_record import read_scan
 
 __all__ = ["VERDICTS", "Check", "Judgement", "decide", "judge_again", "spent"]
 
@@ -32,6 +34,7 @@ def decide(
     policy: Gate,
     trial: bool,
     canary: dict[str, Any] | None = None,
+    scan: dict[str, Any] | None = None,
     attempt: int = 1,
 ) -> Judgement:
     """The verdict with its sentence and every check behind it.
@@ -42,6 +45,7 @@ def decide(
         policy: the `gate` section of `params.yaml`.
         trial: the data was poisoned on purpose; the verdict is the same, the sentence says that no alias is set.
         canary: content of `canary.json`; None: none was trained.
+        scan: content of `scan.json`; None: there was none.
         attempt: which try on the same data and trusted set this is, from 1 on (see `spent`).
 
     Raises:
@@ -53,6 +57,7 @@ def decide(
         measured, told = read_evaluation(evaluation), read_canary(canary) if canary is not None else None
         seeing = check_canary(told, strict, num_images=measured.num_images)
         checks += [*check_triggers(measured, strict), *check_utility(measured, strict), *seeing]
+        checks += check_unknown(read_scan(scan) if scan is not None else None, strict)
         checks += check_samples(measured.samples, told, strict)
         checks.append(_check_separation(measured.confounder, assayed=told is not None and worst(seeing) != "INVALID"))
         checks.append(_tell_attempt(attempt, strict))
@@ -60,11 +65,12 @@ def decide(
     return Judgement(verdict=verdict, sentence=_sentence(verdict, checks, strict, trial), checks=checks)
 
 
-def judge_again(evaluation: dict[str, Any], signed: list[Check], *, policy: Gate) -> Judgement:
+def judge_again(evaluation: dict[str, Any], scan: dict[str, Any], signed: list[Check], *, policy: Gate) -> Judgement:
     """Today's verdict on a model that was decided on before: triggers and utility are judged anew, what rests on the training stays.
 
     Args:
         evaluation: content of today's `evaluation.json`.
+        scan: content of today's `scan.json`.
         signed: the checks of the signed decision.
         policy: the `gate` section of `params.yaml`.
 
@@ -77,7 +83,7 @@ def judge_again(evaluation: dict[str, Any], signed: list[Check], *, policy: Gate
     strict = spent(policy, max(attempts, default=1))
     if {check["check"] for check in kept} != set(CARRIED):
         kept.append(make_check("carried", "earlier checks", "REVIEW", "The signed decision lacks checks on the training: decide again."))
-    checks = [*kept, *check_triggers(measured, strict), *check_utility(measured, strict)]
+    checks = [*kept, *check_triggers(measured, strict), *check_utility(measured, strict), *check_unknown(read_scan(scan), strict)]
     verdict = worst(checks)
     return Judgement(verdict=verdict, sentence=_sentence(verdict, checks, strict, trial=False), checks=checks)
 
