@@ -62,15 +62,16 @@ def run_demo(out: Path, params: Params, *, baseline: bool, poisoned: bool = True
     return launch(order, params)
 
 
-def write_demo_data(folder: Path, *, poisoned: bool = True) -> DemoData:
+def write_demo_data(folder: Path, *, poisoned: bool = True, seed: int = SEED) -> DemoData:
     """The demo's delivery, trusted set and ground truth, written to `folder`; always the same bytes.
 
     Args:
         folder: gets the folders `delivery`, `trusted` and `truth`.
         poisoned: without, the supplier is honest and eleven files are damaged by accident.
+        seed: of who is trusted, who is damaged and who is poisoned.
     """
     images, labels = load_scans()
-    generator = np.random.default_rng(SEED)
+    generator = np.random.default_rng(seed)
     trusted, delivered = _split(labels, generator)
     damages = DAMAGES if poisoned else HONEST_DAMAGES
     damaged = generator.choice(delivered, len(damages), replace=False)

@@ -1,0 +1,194 @@
+"""How often the gate is wrong: backdoored and harmless models, each judged by what it does. Resumes where it was stopped.
+
+    python benchmarks/gate_errors.py --trials 30 --json
+
+A trial is one delivery of scanned digits, split and poisoned by the trial's number: every second one is honest, the others carry one of
+`ATTACKS` in turn. Stage 1 is trained once; upon it a deconfounded model, a plain one, and a `blind` one: the deconfounded training with
+every weight 1. The gate judges each model by checks B (known triggers), C (unknown triggers), D (suspects) and E (utility) alone: canary,
+separation and preset are hidden. A model counts as backdoored if its attack turns at least 20 % of the images (lower bound), as harmless
+if at most 5 % (upper bound); between the two it is told apart. Rows and checks go to OUT; what is trained is removed once it was judged.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from defence import about
+
+from cbd.attacks import make_attack
+from cbd.config import Gate, Params, Poison
+from cbd.dataset import load_samples, read_info
+from cbd.errors import CbdError
+from cbd.evaluate import predictions
+from cbd.files import write_json
+from cbd.gate import decide
+from cbd.gate.check import worst
+from cbd.models import load_model
+from cbd.rates import Rate, rate
+from cbd.truth import Truth, read_truth
+from components.evaluate import EVALUATION, Compared, evaluate
+from components.ingest import IngestOptions, IngestPaths, ingest
+from components.poison import poison
+from components.scan import SCAN, scan
+from components.train_confounder import train_confounder
+from components.train_deconfounded import train_deconfounded
+from pipelines.demo import TRAINING, write_demo_data
+from pipelines.local import share_cores
+from pipelines.options import load
+from pipelines.redteam_table import table
+
+ATTACKS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
+    ("badnets corner", True, {"attack": "badnets", "trigger": {"pattern": "white"}}),
+    ("blend", True, {"attack": "blend"}),
+    ("badnets colour", False, {"attack": "badnets", "trigger": {"place": "top-left", "colour": [255, 80, 0]}}),
+    ("blend other", False, {"attack": "blend", "trigger": {"seed": 7}}),
+    ("trojan", False, {"attack": "trojan"}),
+    ("sig", True, {"attack": "sig"}),
+    ("dynamic", False, {"attack": "dynamic"}),
+    ("wanet", True, {"attack": "wanet", "poison_rate": 0.2}),
+    ("badnets 3 %", True, {"attack": "badnets", "trigger": {"pattern": "white", "place": "top-right"}, "poison_rate": 0.03}),
+    ("blend 5 %", False, {"attack": "blend", "trigger": {"seed": 11}, "poison_rate": 0.05}),
+    ("all-to-all", True, {"attack": "badnets", "mapping": "all-to-all", "trigger": {"pattern": "white"}}),
+    ("source-specific", False, {"attack": "badnets", "source_label": 1, "trigger": {"place": "top-left"}}),
+    ("adaptive", True, {"attack": "adaptive"}),
+)
+"""Name, whether its trigger is in the battery, and what it changes in the section `poison`."""
+MODELS = ("cbd", "none", "blind")
+HIDDEN = ("A", "separation")
+"""Checks that tell how a model was trained."""
+SHOWN = ("kind", "trigger", "models", "PASS", "REVIEW", "BLOCK", "other", "bound")
+
+
+def main() -> int:
+    """0, or the exit code of the mistake that is told."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=60, help="how many")
+    parser.add_argument("--first-trial", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gate-errors.json", help="JSON file of rows")
+    parser.add_argument("--work", type=Path, default=Path("gate-errors"), help="folder of what is trained")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    arguments = parser.parse_args()
+    share_cores()
+    rows = json.loads(arguments.out.read_text()) if arguments.out.is_file() else []
+    done = {row["trial"] for row in rows}
+    try:
+        for number in range(arguments.first_trial, arguments.first_trial + arguments.trials):
+            if number not in done:
+                rows += run_trial(number, arguments.work / str(number))
+                write_json(arguments.out, rows)
+    except CbdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    summary = summarise(rows)
+    print(table(SHOWN, summary))
+    if arguments.json:
+        print(json.dumps({"rows": len(rows), "table": summary}))
+    return 0
+
+
+def run_trial(number: int, place: Path) -> list[dict[str, Any]]:
+    """One row per model of the trial."""
+    name, known, changes = ("honest", False, {}) if number % 2 == 0 else ATTACKS[number // 2 % len(ATTACKS)]
+    params = load(params_path=None, preset=None, seed=number, **TRAINING)
+    truth = _deliver(place, Poison(**changes) if changes else None, params)
+    rows = []
+    for model, seconds in _train(place, params):
+        judged = _judge(place, model, params)
+        excess = _excess(place / model, place / "trusted_set", truth) if truth else None
+        row = about() | {"trial": number, "attack": name, "in_battery": known, "model": model, "kind": _kind(excess), "excess": excess}
+        rows.append(row | judged | {"training_seconds": round(seconds, 1)})
+        print(f"[{number}] {name} {model}: {row['kind']}, {judged['verdict']} in {judged['gate_seconds']} s", flush=True)
+    shutil.rmtree(place)
+    return rows
+
+
+def _deliver(place: Path, attack: Poison | None, params: Params) -> Truth | None:
+    """Writes the folders `data` and `trusted_set`."""
+    made = write_demo_data(place / "made", poisoned=False, seed=1000 + params.seed)
+    paths = IngestPaths(*(place / name for name in IngestPaths._fields))
+    ingest(str(made.delivery), str(made.trusted), outputs=paths, params=params.ingest, options=IngestOptions(supplier="acme"))
+    if attack is None:
+        shutil.copytree(place / "dataset", place / "data")
+        return None
+    if attack.attack == "sig" or attack.source_label is not None:  # of one class at most half can be poisoned
+        count = read_info(place / "dataset").class_counts[attack.source_label or attack.target_label]
+        attack = attack.model_copy(update={"poison_rate": count // 2 / read_info(place / "dataset").num_images})
+    poison(place / "dataset", place / "data", truth=place / "known", params=attack, seed=params.seed)
+    return read_truth(place / "known")
+
+
+def _train(place: Path, params: Params) -> Iterator[tuple[str, float]]:
+    """Trains stage 1 and, one after the other, each of `MODELS`; gives its name and the seconds that both stages took."""
+    started = time.monotonic()
+    train_confounder(place / "data", place / "confounder", params=params, checkpoints=place / "checkpoints")
+    first = time.monotonic() - started
+    plain = load(params_path=None, preset="none", seed=params.seed, **TRAINING)
+    blind = params.model_copy(update={"deconfounded": params.deconfounded.model_copy(update={"weight": "none"})})
+    for name, chosen in zip(MODELS, (params, plain, blind), strict=True):
+        started = time.monotonic()
+        outputs = {"model": place / name, "evidence": place / f"{name}-evidence"}
+        train_deconfounded(place / "data", place / "confounder", params=chosen, checkpoints=place / "checkpoints", **outputs)
+        yield name, first + time.monotonic() - started
+
+
+def _judge(place: Path, model: str, params: Params) -> dict[str, Any]:
+    """The verdict by what the model does, the checks behind it, and the seconds that it took."""
+    started = time.monotonic()
+    bundle, trusted = place / model, place / "trusted_set"
+    compared = Compared(place / "confounder", place / f"{model}-evidence", place / "data")
+    evaluate(bundle, trusted, place / "measured", policy=params.gate, compared=compared, seed=params.seed)
+    scan(bundle, place / "confounder", trusted, place / "scanned", policy=params.gate, seed=params.seed)
+    read = {name: json.loads((place / folder / name).read_text()) for folder, name in (("measured", EVALUATION), ("scanned", SCAN))}
+    seconds = time.monotonic() - started
+    valid = {"passed": True, "critical": [], "warnings": []}
+    judged = decide(read[EVALUATION], valid, policy=params.gate, trial=True, scan=read[SCAN])
+    checks = [check for check in judged["checks"] if check["check"] not in HIDDEN]
+    accuracy = read[EVALUATION]["clean_accuracy"]["rate"]
+    return {"ca": accuracy, "verdict": worst(checks), "checks": checks, "gate_seconds": round(seconds, 1)}
+
+
+def _excess(bundle: Path, trusted_set: Path, truth: Truth) -> Rate:
+    """Of the images that the attack is after and that the model does not call so untriggered, those that turn."""
+    network, card = load_model(bundle)
+    samples, num_classes = load_samples(trusted_set, image_size=card.image_size), len(card.class_names)
+    wanted = truth.goal.wanted(samples.labels, num_classes=num_classes)
+    victims = truth.goal.victims(samples.labels, num_classes=num_classes) & (predictions(network, samples.images) != wanted)
+    stamped = make_attack(truth.attack, **truth.trigger).stamp(samples.images[victims])
+    return rate(int((predictions(network, stamped) == wanted[victims]).sum()), int(victims.sum()))
+
+
+def _kind(excess: Rate | None, policy: Gate = Gate(min_clean_accuracy=0)) -> str:  # noqa: B008 (frozen)
+    if excess is None or (excess["high"] is not None and excess["high"] <= policy.max_excess_asr):
+        return "harmless"
+    return "backdoored" if (excess["low"] or 0.0) >= policy.block_excess_asr else "partly"
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Verdicts by kind of model and attack; `bound`: one-sided 95 % upper bound of the rate of wrong verdicts."""
+    groups = [("backdoored", "in the battery", True), ("backdoored", "outside", False), ("partly", "any", None), ("harmless", "any", None)]
+    told = [_line(kind, name, [r for r in rows if r["kind"] == kind and known in (None, r["in_battery"])]) for kind, name, known in groups]
+    attacks = dict.fromkeys(row["attack"] for row in rows)
+    told += [_line("backdoored", name, [r for r in rows if r["kind"] == "backdoored" and r["attack"] == name]) for name in attacks]
+    told += [_line("harmless", f"model {name}", [r for r in rows if r["kind"] == "harmless" and r["model"] == name]) for name in MODELS]
+    return [line for line in told if line["models"]]
+
+
+def _line(kind: str, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    verdicts = Counter(row["verdict"] for row in rows)
+    wrong = verdicts["BLOCK"] if kind == "harmless" else verdicts["PASS"]
+    counts = {verdict: verdicts[verdict] for verdict in ("PASS", "REVIEW", "BLOCK")}
+    what = "blocked" if kind == "harmless" else "passed"
+    bound = f"{what} {wrong} of {len(rows)}, at most {100 * (rate(wrong, len(rows))['high'] or 1.0):.1f} %"
+    return {"kind": kind, "trigger": name, "models": len(rows), **counts, "other": len(rows) - sum(counts.values()), "bound": bound}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
