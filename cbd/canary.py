@@ -37,8 +37,8 @@ def plan_canary(labels: Labels, settings: Canary, *, num_classes: int, data_dige
     """What is put in, in the order in which it must be: a clean-label family first, while its class still has enough images.
 
     Each family poisons max(share of the data set, `min_images`) images and has a target of its own while there are classes enough; one
-    whose poison keeps its labels gets the largest class and at most half of it. Targets and triggers come from the data's digest and the
-    seed: the same data has the same canary, and who sends data cannot know it.
+    whose poison keeps its labels gets a class of which that is at most half, or else half of the largest. Targets and triggers come from
+    the data's digest and the seed: the same data has the same canary, and who sends data cannot know it.
 
     Args:
         labels: int64 [N], as given.
@@ -50,13 +50,14 @@ def plan_canary(labels: Labels, settings: Canary, *, num_classes: int, data_dige
     drawn = np.random.default_rng(int.from_bytes(hashlib.sha256(f"canary {seed} {data_digest}".encode()).digest()[:8]))
     wanted = max(math.ceil(settings.share * len(labels)), settings.min_images)
     counts = np.bincount(labels, minlength=num_classes)
-    largest = int(counts.argmax())
-    others = [int(label) for label in drawn.permutation(num_classes) if label != largest or "sinusoid" not in settings.families]
+    order = [int(label) for label in drawn.permutation(num_classes)]
+    own = next((label for label in order if counts[label] >= 2 * wanted), int(counts.argmax()))
+    others = [label for label in order if label != own or "sinusoid" not in settings.families]
     plants = []
     for index, family in enumerate(sorted(settings.families, key=lambda family: family != "sinusoid")):
         trigger = _draw(family, drawn)
         if family == "sinusoid":
-            target, most = largest, int(counts[largest]) // 2
+            target, most = own, int(counts[own]) // 2
         else:
             target = others[index % len(others)]
             most = (len(labels) - int(counts[target])) // (2 * len(settings.families))

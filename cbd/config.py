@@ -83,7 +83,7 @@ class Confounder(Section):
 
     steps: int = Field(default=400, gt=0)
     """Budget in optimizer steps (not epochs)."""
-    max_epochs: int = Field(default=10, gt=0)
+    max_epochs: int = Field(default=20, gt=0)
     """Small data sets stop here: beyond it the confounder knows every clean sample by heart as well."""
     batch_size: int = Field(default=128, gt=1)
     """Images per step."""

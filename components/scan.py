@@ -17,6 +17,8 @@ from components.records import kfp_component, progress
 
 SCAN = "scan.json"
 TRIGGERS = "triggers.png"
+LEAST_NORM = 0.01
+"""In pixels; a smaller norm counts as this."""
 COLUMNS, GAP = 16, 2
 """Triggers per row of the picture, and grey pixels between them."""
 
@@ -125,7 +127,7 @@ def _scan_model(bundle: Path, trusted: _Trusted, null: list[float], *, alpha: fl
     from cbd.anomaly import p_value
 
     triggers = _invert(bundle, trusted, seed=seed)
-    log_norms = triggers.norms.double().log().tolist()
+    log_norms = triggers.norms.double().clamp_min(LEAST_NORM).log().tolist()
     statistic, p, method = p_value(log_norms, null, alpha=alpha, seed=seed)
     entry = {
         "log_norms": log_norms,
@@ -150,7 +152,8 @@ def _control_statistic(control: Path, trusted: _Trusted, trusted_digest: str, *,
         known = read_scan(read_object(control / SCAN))
         if (known.model_digest, known.trusted_digest, known.seed) == (bundle_digest(control), trusted_digest, seed):
             return float(anomaly_indices(np.array(known.candidate.log_norms)).max())
-    return float(anomaly_indices(_invert(control, trusted, seed=seed).norms.double().log().cpu().numpy()).max())
+    norms = _invert(control, trusted, seed=seed).norms.double().clamp_min(LEAST_NORM)
+    return float(anomaly_indices(norms.log().cpu().numpy()).max())
 
 
 def _transfer(source: str, bundle: Path, triggers: Any, trusted: _Trusted, *, judges: Sequence[Path], seed: int) -> dict[str, Any]:

@@ -208,7 +208,9 @@ def test_a_plan_is_the_same_again_differs_by_data_and_gives_every_family_a_targe
     assert plan == plan_canary(labels, Canary(), data_digest="a" * 64, **about)
     assert plan != plan_canary(labels, Canary(), data_digest="b" * 64, **about)
     assert [plant.family for plant in plan] == ["sinusoid", "patch", "blend", "warp"]
-    assert len({plant.target_label for plant in plan}) == 4 and plan[0].target_label == 0
+    assert len({plant.target_label for plant in plan}) == 4
+    small = plan_canary(np.repeat(np.arange(3), [20, 30, 25]), Canary(), data_digest="a" * 64, num_classes=3, seed=0)
+    assert (small[0].target_label, small[0].num_images) == (1, 15)
     assert [plant.num_images for plant in plan] == [50, 50, 50, 50]
     many = plan_canary(np.repeat(np.arange(10), 1000), Canary(), data_digest="a" * 64, **about)
     assert {plant.num_images for plant in many} == {100}
