@@ -15,6 +15,8 @@ from cbd.files import write_json
 from components.charts import scatter
 from components.pages import unknown
 from components.report import report
+from pipelines import console
+from pipelines.outcome import write_result
 
 NAMES = ("zero", "one", "two", "three", "four", "five")
 
@@ -171,6 +173,17 @@ def test_norms_beyond_all_sense_are_drawn_at_the_edge(run: Path) -> None:
     model = {"log_norms": log_norms, "success": [0.9] * 6, "unreached": [], "statistic": None, "p_value": None}
     write_scan(run / "kfp" / "scanned", 6, candidate=model | {"method": "not-applicable", "flagged": None})
     assert section(run, "unknown").count("<circle") == 13
+
+
+def test_the_canary_is_told_on_the_terminal_and_in_the_result_once(run: Path) -> None:
+    result = write_result(run)
+    said = "The canary covers patch, blend. Not covered: warp, sinusoid."
+    assert result["canary"] == said and f"canary: {said}" in console._lines(result)
+    assert not [line for line in console._lines(result | {"sentence": f"PASS: {said}"}) if line.startswith("canary:")]
+    assert not [line for line in console._lines(result | {"canary": None}) if line.startswith("canary:")]
+    for checks in (None, "x", [None, []], [{"check": "A", "name": "canary", "sentence": ["x"]}]):
+        edit(run / "kfp" / "decision" / "decision.json", checks=checks)
+        assert write_result(run)["canary"] is None
 
 
 def test_dots_stand_side_by_side_and_the_lowest_is_larger() -> None:
