@@ -7,7 +7,7 @@ from cbd.errors import DataError
 from cbd.gate.canary import seen
 from cbd.measurements import CanaryResult, Planted, Share, read_canary
 from cbd.rates import rate
-from components.charts import interval
+from components.charts import axis, interval, nice
 from components.pages import View, absent, judged_by, signed_check
 from components.pages.text import clip, count, of, percent
 from components.summary import Run
@@ -25,9 +25,12 @@ def canary(run: Run) -> View:
         raise absent(run, "canary", "canary.json")
     told, policy = read_canary(found), judged_by(run)
     names = run.evaluation.get("class_names")
-    rows = [_family(planted, run, policy, names if isinstance(names, list) else []) for planted in told.families]
+    highs = [rate(each.left.k, each.left.n, confidence=policy.confidence)["high"] or 0.0 for each in told.families]
+    top = min(1.0, nice(1.05 * max(policy.max_canary_asr, *highs)))
+    rows = [_family(planted, run, policy, names if isinstance(names, list) else [], top=top) for planted in told.families]
     sentence = signed_check(run, "A", "canary").get("sentence")
-    return {"trained": True, "rows": rows, "sentence": clip(sentence, 600) if sentence else None} | _origin(told, run)
+    shown = {"rows": rows, "axis": axis(top), "sentence": clip(sentence, 600) if sentence else None}
+    return {"trained": True} | shown | _origin(told, run)
 
 
 def _origin(told: CanaryResult, run: Run) -> View:
@@ -37,13 +40,12 @@ def _origin(told: CanaryResult, run: Run) -> View:
     return about | {"num_images": count(told.num_images), "other_data": told.data_digest != data, "data": clip(told.data_digest[:12])}
 
 
-def _family(planted: Planted, run: Run, policy: Gate, names: list[Any]) -> View:
+def _family(planted: Planted, run: Run, policy: Gate, names: list[Any], *, top: float) -> View:
     check = signed_check(run, "A", f"canary: {planted.family}")
     left = rate(planted.left.k, planted.left.n, confidence=policy.confidence)
     result, style = str(check.get("result", "not judged")), str(check.get("result", "none")).lower()
     if result == "PASS" and not seen(planted, policy):
         result, style = "not covered", "none"
-    top = 1.0 if left["high"] is None else max(0.2, left["high"])
     drawn = ""
     if left["rate"] is not None and left["low"] is not None and left["high"] is not None:
         marks = [("limit", policy.max_canary_asr)]

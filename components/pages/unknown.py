@@ -37,7 +37,7 @@ def unknown(run: Run) -> View:
     names = [clip(name, 40) for name in listed] if isinstance(listed, list) else []
     models = {"candidate": scan.candidate} | ({"confounder": scan.confounder} if scan.confounder else {})
     told = {"models": [_model(source, model, names) for source, model in models.items()], "svg": _norms(models), "axis": axis(1.0)}
-    told |= {"rows": [_transfer(row, run, policy, names) for row in scan.transfer], "alpha": percent(policy.scan_alpha)}
+    told |= {"rows": [_transfer(row, run, policy, names) for row in scan.transfer], "alpha": number(policy.scan_alpha)}
     shown = {"picture": _picture(run.path("scan", "scanned", "triggers.png")), "more": max(0, scan.num_classes - MOST)}
     return told | shown | _about(scan)
 
