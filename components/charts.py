@@ -69,6 +69,17 @@ def histogram(
     return _svg(HEIGHT, "plot", label, *drawn)
 
 
+def scatter(series: Sequence[tuple[str, Sequence[float]]], *, levels: Sequence[tuple[float, str]], label: str) -> Markup:
+    """Dots side by side at heights in [0, 1], the lowest of each series larger; `levels` are labelled lines across."""
+    drawn = [_level(place, text) for place, text in levels]
+    for style, heights in series:
+        lowest = min(heights)
+        for i, height in enumerate(heights):
+            radius = 6 if height == lowest else 3.5
+            drawn.append(_tag("circle", cx=_at((i + 0.5) / len(heights)), cy=_down(height), r=radius, class_=f"dot {style}"))
+    return _svg(HEIGHT, "plot", label, *drawn)
+
+
 def nice(top: float) -> float:
     """The smallest of 1, 2, 2.5, 5, 10 times a power of ten that is not below `top`."""
     if not (math.isfinite(top) and top > 0):

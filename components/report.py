@@ -10,7 +10,9 @@ from kfp import dsl
 from cbd.errors import CbdError
 from cbd.files import replacing, write_json
 from components.pages import View, delivery, measured, measures, provenance, render
+from components.pages.canary import canary
 from components.pages.text import clip, count, percent
+from components.pages.unknown import unknown
 from components.pages.validation import validation
 from components.records import kfp_component, step
 from components.summary import Run, read_run, summarise
@@ -19,6 +21,8 @@ SECTIONS: dict[str, Callable[[Run], View]] = {
     "checks": measures.checks,
     "rates": measures.rates,
     "battery": measures.battery,
+    "unknown": unknown,
+    "canary": canary,
     "curves": measures.curves,
     "losses": measures.losses,
     "weights": measures.weights,

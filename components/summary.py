@@ -166,6 +166,7 @@ def summarise(run: Run, run_dir: Path) -> dict[str, Any]:
             "separated": confounder.get("separated", separation.get("separated")),
             "asr": confounder.get("asr"),
         },
+        "canary": _canary(run),
         "baseline": run.baseline,
         "data": {key: ingest.get(key) for key in ("delivered", "accepted", "duplicates", "quarantined", "known", "num_images", "digest")}
         | {"revision": run.outputs("version").get("revision")},
@@ -182,6 +183,14 @@ def summarise(run: Run, run_dir: Path) -> dict[str, Any]:
         "seconds": _seconds(run, "seconds"),
         "import_seconds": _seconds(run, "import_seconds"),
     }
+
+
+def _canary(run: Run) -> str | None:
+    """What the decision says of the canary as a whole; None where it says nothing."""
+    checks = run.decision.get("checks") if run.verdict else None
+    found = [_object(each) for each in checks] if isinstance(checks, list) else []
+    told = [each.get("sentence") for each in found if (each.get("check"), each.get("name")) == ("A", "canary")]
+    return told[0] if told and isinstance(told[0], str) else None
 
 
 def _nothing_new(run: Run) -> str | None:

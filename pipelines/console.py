@@ -60,6 +60,8 @@ def _lines(result: dict[str, Any]) -> list[str]:
     if result["clean_accuracy"]:
         lines.append(f"clean accuracy: {_rate(result['clean_accuracy'])}")
     lines += [f"attack success, {attack}: {_rate(measured)}" for attack, measured in (result["attack_success_rate"] or {}).items()]
+    if result["canary"] and result["canary"] not in lines[0]:
+        lines.append(f"canary: {result['canary']}")
     if result["baseline"]:
         lines.append(f"without defence: {', '.join(f'{name.upper()} {_percent(value)}' for name, value in result['baseline'].items())}")
     counts = ", ".join(f"{data[key]} {key}" for key in ("delivered", "accepted", "duplicates", "quarantined"))

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from cbd.anomaly import anomaly_indices
 from cbd.config import canonical_json
 from cbd.dataset import make_row, to_batches, write_dataset
 from cbd.files import write_json
@@ -45,8 +46,11 @@ def make_run(run: Path, *, verdict: str = "PASS", class_names: tuple[str, ...] =
     _write_quarantine(kfp / "quarantine")
     _write_training(kfp, ids, [row.label for row in rows], num_classes=len(class_names))
     write_json(kfp / "evaluation" / "evaluation.json", evaluation(class_names))
+    sha256 = write_canary(kfp / "canary", info.digest)
+    write_scan(kfp / "scanned", len(class_names))
     decided = write_decision(kfp / "decision", verdict)
     _write_records(run / "records", kfp, info.digest, verdict=verdict, decided=decided, accepted=len(rows), class_names=class_names)
+    edit_record(str(run / "records"), "canary", outputs={"reused": False, "canary_sha256": sha256})
     return str(run / "records")
 
 
@@ -69,19 +73,9 @@ def fail_record(records: str, step: str, **error: Any) -> None:
 
 STEPS = ["ingest", "validate", "version", "canary", "train_confounder", "train_deconfounded", "evaluate", "scan", "decide", "register"]
 TRIGGERS = [
-    "white-corner-1",
-    "white-corner-2",
-    "white-corner-3",
-    "white-corner-4",
-    "white-centre",
-    "checker",
-    "blend-0.1",
-    "blend-0.2",
-    "sinusoid",
-    "low-frequency",
-    "warp",
-    "colour-filter",
-]
+    "white-corner-1", "white-corner-2", "white-corner-3", "white-corner-4", "white-centre", "checker",
+    "blend-0.1", "blend-0.2", "sinusoid", "low-frequency", "warp", "colour-filter",
+]  # fmt: skip
 
 
 def evaluation(class_names: tuple[str, ...]) -> dict[str, Any]:
@@ -130,6 +124,7 @@ def write_decision(folder: Path, verdict: str) -> str:
         result = verdict if i == 0 else "PASS"
         said = f"At most {100 * rate(2 + i, 620)['high']:.1f} % of images turn because of {name}."
         checks.append({"check": "B", "name": name, "result": result, "threshold": 0.06, "value": (2 + i) / 620} | _bounds(2 + i, 620, said))
+    checks += _canary_checks() + _scan_checks()
     decision = {
         "schema_version": 2,
         "run_id": "run-1",
@@ -155,6 +150,58 @@ def write_decision(folder: Path, verdict: str) -> str:
     (folder / "decision.json").write_bytes(canonical_json(decision))
     (folder / "decision.sig").write_text("c2lnbmVk")
     return hashlib.sha256(canonical_json(decision)).hexdigest()
+
+
+FAMILIES = {"patch": (50, 507, 1), "blend": (49, 626, 2), "warp": (0, 65, 3), "sinusoid": (12, 400, 28)}
+"""Of 50 images found, of 628 that the confounder follows, of 627 that the deconfounded model follows."""
+
+
+def write_canary(folder: Path, data_digest: str) -> str:
+    """The SHA-256 of the `canary.json` that this writes: patch and blend covered, warp and sinusoid not."""
+    families = []
+    for target, (family, (found, learned, left)) in enumerate(FAMILIES.items()):
+        about = {"family": family, "attack": "badnets", "trigger": {"place": "centre"}, "target": target, "num_poisoned": 50}
+        families.append(about | {"found": rate(found, 50), "learned": rate(learned, 628), "left": rate(left, 627)})
+    names = {name: letter * 64 for name, letter in (("config_sha256", "e"), ("canary_digest", "f"), ("trusted_digest", "c"))}
+    about = {"schema_version": 1, "run_id": "run-1", "data_digest": data_digest, "tag": "canary/x", "steps": 700, "separated": True}
+    write_json(folder / "canary.json", names | about | {"num_images": 60, "families": families, "false_suspects": rate(1, 10)})
+    return hashlib.sha256((folder / "canary.json").read_bytes()).hexdigest()
+
+
+def write_scan(folder: Path, num_classes: int, **changes: Any) -> None:
+    """A `scan.json` in which class 0 has the smallest trigger, beside a picture of triggers."""
+    log_norms = [2.0 + 0.5 * (i % 7) for i in range(num_classes)]
+    indices, few = anomaly_indices(np.array(log_norms)), num_classes < 5
+    model = {
+        "log_norms": log_norms,
+        "success": [0.9] * num_classes,
+        "unreached": [],
+        "statistic": None if few else float(indices.max()),
+        "p_value": None if few else 0.37,
+        "method": "not-applicable" if few else "monte-carlo",
+        "flagged": None,
+    }
+    row = {"source": "candidate", "target": 0, "k": 201, "n": 315, "null": 0.58}
+    digests = {"model_digest": "ab" * 32, "confounder_digest": "bc" * 32, "trusted_digest": "ef" * 32}
+    counts = {"num_classes": num_classes, "num_cal": 349, "num_test": 351, "num_controls": 0}
+    told = {"schema_version": 1, "seed": 0, "scan_alpha": 0.02, "candidate": model, "confounder": model, "transfer": [row], "seconds": 4.5}
+    write_json(folder / "scan.json", digests | counts | told | changes)
+    Image.fromarray(np.full((36, 576, 3), 40, np.uint8)).save(folder / "triggers.png")
+
+
+def _canary_checks() -> list[dict[str, Any]]:
+    checks = [
+        {"check": "A", "name": f"canary: {family}", "result": "PASS", "threshold": 0.1, "value": left / 627}
+        | _bounds(left, 627, f"Of the canary's {family} the deconfounded model follows {left}.")
+        for family, (_, _, left) in FAMILIES.items()
+    ]
+    said = "The canary covers patch, blend. Not covered: warp, sinusoid."
+    return [*checks, {"check": "A", "name": "canary", "result": "PASS", "threshold": None, "value": None, "sentence": said}]
+
+
+def _scan_checks() -> list[dict[str, Any]]:
+    named = {"check": "C", "name": "trigger from the candidate", "result": "PASS", "threshold": 0.98, "value": 201 / 315}
+    return [named | _bounds(201, 315, "The trigger of class 0 turns 201 of 315 held-out images.")]
 
 
 def _bounds(k: int, n: int, sentence: str) -> dict[str, Any]:
@@ -241,6 +288,8 @@ def _write_records(
         "train_confounder": ("confounder",),
         "train_deconfounded": ("model", "evidence"),
         "evaluate": ("evaluation",),
+        "canary": ("canary",),
+        "scan": ("scanned",),
         "decide": ("decision",),
     }
     took = dict(zip(STEPS, (3.1, 0.8, 2.2, 40.2, 31.5, 58.4, 9.7, 4.5, 0.2, 1.4), strict=True))

@@ -90,7 +90,7 @@ def test_the_page_tells_every_measurement_with_its_counts(run: Path) -> None:
         "acme",
     ):
         assert text in page
-    assert page.count("data:image/png;base64,") == 48 + 1  # the gallery and a pattern
+    assert page.count("data:image/png;base64,") == 48 + 1 + 1  # the gallery, a pattern and the triggers
     assert (page.count("<strong>poisoned</strong>, found"), page.count('class="curve')) == (12, 5)
     assert "Not measured" not in page
     assert page.index("Verdict") < page.index("Clean accuracy and") < page.index("most suspicious") < page.index("What a PASS does not say")
@@ -196,7 +196,9 @@ def test_a_step_that_left_no_record_is_told_from_the_final_status(run: Path) -> 
     assert result["stopped"] == {"pipeline": "FAILED: decide: ImportError"} and "decide: ImportError" in page
 
 
-@pytest.mark.parametrize("name", ["dataset", "quarantine", "truth", "confounder", "model", "evidence", "evaluation", "decision"])
+@pytest.mark.parametrize(
+    "name", ["dataset", "quarantine", "truth", "confounder", "model", "evidence", "evaluation", "canary", "scanned", "decision"]
+)
 def test_a_missing_artifact_is_a_gap_and_no_crash(run: Path, name: str) -> None:
     shutil.rmtree(run / "kfp" / name)
     result, page = tell(run)

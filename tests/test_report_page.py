@@ -44,7 +44,7 @@ def _count_pixels(picture: Path) -> dict[tuple[int, int, int], int]:
 
 
 def test_all_suspicious_images_are_seen_without_a_network(page: Path, tmp_path: Path) -> None:
-    script.screenshot(page, tmp_path / "page.png", size=(1200, 7000), scale=0.5)
+    script.screenshot(page, tmp_path / "page.png", size=(1200, 9000), scale=0.5)
     seen = _count_pixels(tmp_path / "page.png")
     assert [colour for colour in colours(48) if seen.get(colour, 0) < 1500] == []
     assert seen.get((1, 2, 255), 0) == 0
@@ -54,7 +54,7 @@ def test_the_pixel_count_notices_a_lost_picture(page: Path, tmp_path: Path) -> N
     broken = tmp_path / "broken.html"
     before, gallery, after = page.read_text().partition('<section id="images">')
     broken.write_text(before + gallery + after.replace("data:image/png;base64,", "https://example.invalid/", 1))
-    script.screenshot(broken, tmp_path / "page.png", size=(1200, 7000), scale=0.5)
+    script.screenshot(broken, tmp_path / "page.png", size=(1200, 9000), scale=0.5)
     seen = _count_pixels(tmp_path / "page.png")
     assert [i for i, colour in enumerate(colours(48)) if seen.get(colour, 0) < 1500] == [0]
 
@@ -62,4 +62,4 @@ def test_the_pixel_count_notices_a_lost_picture(page: Path, tmp_path: Path) -> N
 def test_nothing_in_the_page_runs(page: Path) -> None:
     dom = script.browse(page, "--dump-dom")
     assert "<title>PASS · run-1 · CBD report</title>" in dom and "<script" not in dom
-    assert dom.count("<img ") == 48 + 1  # the gallery and a pattern
+    assert dom.count("<img ") == 48 + 1 + 1  # the gallery, a pattern and the triggers

@@ -9,12 +9,16 @@ import pyarrow as pa
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from cbd.config import Gate, check_section
 from cbd.errors import CbdError, DataError
-from components.pages.text import visible
+from cbd.gate import spent
+from components.pages.text import clip, visible
 from components.summary import Run
 
 View = dict[str, Any]
 HERE = Path(__file__).parent
+MOST_ATTEMPTS = 50
+"""Beyond it no float tells the confidence from 1."""
 
 # What reading a missing, damaged or altered artifact can raise. A page with a gap is worth more than no page.
 _FAULTS = (CbdError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, pa.ArrowException)
@@ -30,7 +34,7 @@ def measured(build: Callable[[Run], View], run: Run) -> View:
     try:
         return {"missing": None} | build(run)
     except CbdError as error:
-        return {"missing": str(error)}
+        return {"missing": clip(str(error), 300)}
     except _FAULTS as error:
         return {"missing": f"an artifact is damaged ({type(error).__name__}: {error})"[:300]}
 
@@ -42,6 +46,22 @@ def absent(run: Run, step: str, thing: str) -> DataError:
     if step in run.stopped:
         return DataError(f"the step {step} did not end well")
     return DataError(f"the step {step} left no {thing} that can be read")
+
+
+def judged_by(run: Run) -> Gate:
+    """The policy of the decision at the confidence of its attempt; where nothing was decided, the defaults at 95 %."""
+    if not run.decision:
+        return Gate(min_clean_accuracy=0)
+    policy, attempt = check_section(Gate, run.decision["policy"], name="gate"), run.decision["attempt"]["number"]
+    if not isinstance(attempt, int) or not 1 <= attempt <= MOST_ATTEMPTS:
+        raise DataError(f"the decision names attempt {clip(attempt, 40)}, expected one from 1 to {MOST_ATTEMPTS}")
+    return spent(policy, attempt)
+
+
+def signed_check(run: Run, check: str, name: str) -> View:
+    """The check of that letter and name in the decision; empty if there is none."""
+    found = [each for each in run.decision.get("checks", []) if (each.get("check"), each.get("name")) == (check, name)]
+    return dict(found[0]) if found else {}
 
 
 @functools.cache

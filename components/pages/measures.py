@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from cbd.errors import CbdError
 from cbd.evidence import MAX_P_VALUE
 from cbd.truth import Truth, read_truth
 from components.charts import axis, histogram, interval, lines, nice
-from components.pages import View, absent
-from components.pages.text import ABSENT, bounds, clip, count, number, of, percent
+from components.pages import View, absent, judged_by
+from components.pages.text import ABSENT, THIN, bounds, clip, count, number, of, percent
 from components.summary import Run
 
 MEANINGS = {
@@ -67,7 +68,8 @@ def checks(run: Run) -> View:
     """One row per check of the decision: what did not pass comes first."""
     if not run.decision:
         raise absent(run, "decide", "decision")
-    return {"rows": sorted((_check(check) for check in run.decision["checks"]), key=lambda row: row["style"] == "pass")}
+    rows = sorted((_check(check) for check in run.decision["checks"]), key=lambda row: row["style"] == "pass")
+    return {"rows": rows, "confidence": _confidence(run)}
 
 
 def rates(run: Run) -> View:
@@ -187,6 +189,14 @@ def _evaluation(run: Run) -> dict[str, Any]:
 def _known_attacks(evaluation: dict[str, Any]) -> list[str]:
     triggers = {row["trigger"] for row in evaluation.get("battery") or []}
     return [name for name in evaluation.get("attack_success_rate") or {} if name not in triggers]
+
+
+def _confidence(run: Run) -> str:
+    """Of the attempt, as people read it; a decision that does not tell it properly still has its checks shown."""
+    try:
+        return f"{100 * judged_by(run).confidence:.6g}{THIN}%"
+    except (CbdError, LookupError, TypeError):
+        return "the confidence of the policy"
 
 
 def _check(check: dict[str, Any]) -> View:
