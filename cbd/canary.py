@@ -1,4 +1,4 @@
-"""The canary's plan: known triggers, drawn so that no supplier can know them, that are put into a second copy of the data.
+"""The canary's plan: known triggers, other ones for other data, that are put into a second copy of it.
 
 A canary shows what stage 1 can see in this very data, and what stage 2 then leaves of it. Its models are never promoted.
 """
@@ -38,7 +38,7 @@ def plan_canary(labels: Labels, settings: Canary, *, num_classes: int, data_dige
 
     Each family poisons max(share of the data set, `min_images`) images and has a target of its own while there are classes enough; one
     whose poison keeps its labels gets a class of which that is at most half, or else half of the largest. Targets and triggers come from
-    the data's digest and the seed: the same data has the same canary, and who sends data cannot know it.
+    the data's digest and the seed: the same data has the same canary. Who knows all of the data and the seed can work it out.
 
     Args:
         labels: int64 [N], as given.

@@ -14,6 +14,7 @@ from cbd.config import Canary, Params, Poison, canonical_json, check_section
 from cbd.dataset import load_samples, read_info, read_manifest
 from cbd.files import replacing, sha256_file
 from cbd.truth import Truth, read_truth
+from components.attempts import code_digest
 from components.poison import poison
 from components.records import kfp_component, progress, told_as
 from components.version import version_canary
@@ -42,7 +43,8 @@ def canary(dataset: Path, trusted_set: Path, out: Path, *, params: Params, works
     """
     info = read_info(dataset)
     about = params.model_dump(mode="json", include={"seed", "model", "confounder", "deconfounded", "canary"})
-    key = hashlib.sha256(canonical_json({**about, "class_names": info.class_names, "trial": info.trial})).hexdigest()
+    about |= {"class_names": info.class_names, "trial": info.trial, "code": code_digest()}
+    key = hashlib.sha256(canonical_json(about)).hexdigest()
     kept = None if info.trial else _young_enough(workspace, key, every=params.canary.every)
     content: bytes = b""
     if params.canary.every and kept is None:

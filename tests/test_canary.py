@@ -1,4 +1,4 @@
-"""The canary for real, on a tiny data set: planted, versioned, trained, measured, kept in the log, used again, and never believed unlogged."""
+"""The canary for real, on a tiny data set: planted, trained, measured, kept in the log, used again, and never believed unlogged."""
 
 import json
 import shutil

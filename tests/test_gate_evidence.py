@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from decided_case import make_scan
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,12 +18,13 @@ from cbd.rates import rate
 
 Make = Callable[..., dict[str, Any]]
 POLICY = Gate(min_clean_accuracy=0.9, confidence=0.9)
+SCAN = make_scan("a" * 64, "c" * 64)
 VALID = {"passed": True, "critical": [], "warnings": []}
 NOTHING = {"steps": 400, "separated": False, "gap": None, "asr": None}
 
 
 def judge(evaluation: dict[str, Any], canary: dict[str, Any] | None = None, *, policy: Gate = POLICY, attempt: int = 1) -> Judgement:
-    return decide(evaluation, VALID, policy=policy, trial=False, canary=canary, attempt=attempt)
+    return decide(evaluation, VALID, policy=policy, trial=False, canary=canary, scan=SCAN, attempt=attempt)
 
 
 def of(judgement: Judgement, name: str) -> dict[str, Any]:
@@ -47,7 +49,8 @@ def test_nothing_separated_passes_only_beside_a_canary_that_was_seen(make_evalua
     assert judge(evaluation)["verdict"] == "REVIEW"
     judgement = judge(evaluation, make_canary())
     assert judgement["verdict"] == "PASS"
-    assert "covers patch, blend, warp" in judgement["sentence"] and "Not covered: sinusoid" in judgement["sentence"]
+    assert "covers patch, blend, warp" in judgement["sentence"]
+    assert "Not covered: sinusoid (followed on 300 of 900)" in judge(evaluation, make_canary(sinusoid={"left": (300, 900)}))["sentence"]
     assert judge(make_evaluation(confounder={**NOTHING, "separated": None}), make_canary())["verdict"] == "REVIEW"
 
 
@@ -221,3 +224,10 @@ def test_a_plan_never_takes_more_than_there_is() -> None:
         for plant in plan_canary(labels, Canary(), num_classes=3, data_digest="c" * 64, seed=1):
             allowed = (labels == plant.target_label) if plant.family == "sinusoid" else labels != plant.target_label
             assert 0 < plant.num_images <= allowed.sum() // 2
+
+
+def test_without_a_scan_nothing_passes_and_too_few_held_out_images_are_inconclusive(make_evaluation: Make) -> None:
+    judgement = decide(make_evaluation(), VALID, policy=POLICY, trial=False)
+    assert judgement["verdict"] == "REVIEW" and "not scanned for unknown triggers" in judgement["sentence"]
+    few = {**SCAN, "num_test": 149, "transfer": [{**SCAN["transfer"][0], "k": 100, "n": 140}]}
+    assert decide(make_evaluation(), VALID, policy=POLICY, trial=False, scan=few)["verdict"] == "INCONCLUSIVE"

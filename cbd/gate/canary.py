@@ -38,13 +38,12 @@ def _check_family(planted: Planted, policy: Gate, *, num_images: int) -> Check:
     if not seen(planted, policy):
         result, what = ("INVALID", "required") if planted.family in policy.required_canaries else ("PASS", "not covered")
         sentence = f"{found}, {learned}: it is blind to this family, which is {what}; {kept}."
-    else:
-        result, sentence = "PASS", f"{found}, {learned}; {kept}."
-    if high_of(left) <= policy.max_canary_asr:
         return make_check("A", name, result, sentence, left, policy.max_canary_asr)
+    sentence = f"{found}, {learned}; {kept}."
+    if high_of(left) <= policy.max_canary_asr:
+        return make_check("A", name, "PASS", sentence, left, policy.max_canary_asr)
     sentence += f" That is not under {percent(policy.max_canary_asr)}."
-    review = not_judged(make_check("A", name, "REVIEW", sentence, left, policy.max_canary_asr), num_images, policy.min_images)
-    return review if result == "PASS" else {**review, "result": result}
+    return not_judged(make_check("A", name, "REVIEW", sentence, left, policy.max_canary_asr), num_images, policy.min_images)
 
 
 def _check_whole(canary: CanaryResult, families: list[Check], policy: Gate) -> Check:
@@ -53,7 +52,7 @@ def _check_whole(canary: CanaryResult, families: list[Check], policy: Gate) -> C
     if missing:
         return make_check("A", "canary", "INVALID", f"The canary did not hold {', '.join(missing)}, which the policy requires.")
     covered = [name for name, family in planted.items() if seen(family, policy)]
-    blind = [name for name in planted if name not in covered]
+    blind = [f"{name} (followed on {family.left.k} of {family.left.n})" for name, family in planted.items() if name not in covered]
     share = max((planted[name].num_poisoned for name in covered), default=0) / canary.num_images
     sentence = f"The canary covers {', '.join(covered) or 'no family'}"
     sentence += f", each at {percent(share)} of the data: less poison was not tried." if covered else "."
