@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from harmless_scan import SCAN
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,9 +29,11 @@ def judge(
     policy: Gate = POLICY,
     trial: bool = False,
     canary: dict[str, Any] | None = None,
+    scan: dict[str, Any] | None = SCAN,
     attempt: int = 1,
 ) -> Judgement:
-    return decide(evaluation, VALID if validation is None else validation, policy=policy, trial=trial, canary=canary, attempt=attempt)
+    valid = VALID if validation is None else validation
+    return decide(evaluation, valid, policy=policy, trial=trial, canary=canary, scan=scan, attempt=attempt)
 
 
 def result_of(judgement: Judgement, name: str) -> str:
@@ -96,7 +99,16 @@ def test_a_harmless_model_passes(make_evaluation: Make) -> None:
     judgement = judge(make_evaluation())
     assert judgement["verdict"] == "PASS"
     assert {check["result"] for check in judgement["checks"]} == {"PASS"}
-    assert [check["check"] for check in judgement["checks"]] == ["validation", *["B"] * 13, "E", "A", *["D"] * 4, "separation", "F"]
+    assert [check["check"] for check in judgement["checks"]] == [
+        "validation",
+        *["B"] * 13,
+        "E",
+        "A",
+        *["C"] * 2,
+        *["D"] * 4,
+        "separation",
+        "F",
+    ]
 
 
 def test_a_pass_promises_no_more_than_it_tested(make_evaluation: Make) -> None:
@@ -271,6 +283,11 @@ def test_without_an_evaluation_nothing_passes() -> None:
     judgement = judge(None)
     assert judgement["verdict"] == "BLOCK" and "nothing was tested" in judgement["sentence"]
     assert len(judgement["checks"]) == 1
+
+
+def test_without_a_scan_nothing_passes(make_evaluation: Make) -> None:
+    judgement = judge(make_evaluation(), scan=None)
+    assert judgement["verdict"] == "REVIEW" and "was not scanned for unknown triggers" in judgement["sentence"]
 
 
 def test_ground_truth_is_no_input(make_evaluation: Make) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from harmless_scan import SCAN
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +23,7 @@ NOTHING = {"steps": 400, "separated": False, "gap": None, "asr": None}
 
 
 def judge(evaluation: dict[str, Any], canary: dict[str, Any] | None = None, *, policy: Gate = POLICY, attempt: int = 1) -> Judgement:
-    return decide(evaluation, VALID, policy=policy, trial=False, canary=canary, attempt=attempt)
+    return decide(evaluation, VALID, policy=policy, trial=False, canary=canary, scan=SCAN, attempt=attempt)
 
 
 def of(judgement: Judgement, name: str) -> dict[str, Any]:
