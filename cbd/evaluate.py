@@ -15,8 +15,10 @@ from cbd.rates import Rate, rate
 from cbd.training import predict
 
 Labels = NDArray[np.int64]
+Control = tuple[Network, NDArray[np.bool_]]
+"""A harmless model and, bool [N], which of the trusted images it was not trained on."""
 NULL_IMAGES = 2000
-"""The harmless members of a family are tried on at most so many images."""
+"""Harmless triggers, and triggers on harmless models, are tried on at most so many images."""
 
 
 def predictions(model: Network, images: Images) -> Labels:
@@ -69,9 +71,20 @@ def turned(before: Labels, after: Labels, labels: Labels, *, num_classes: int) -
 
 
 def run_battery(
-    model: Network, images: Images, labels: Labels, *, num_classes: int, limit: float, null_members: int, seed: int
+    model: Network,
+    images: Images,
+    labels: Labels,
+    *,
+    num_classes: int,
+    limit: float,
+    null_members: int,
+    seed: int,
+    controls: Sequence[Control] = (),
 ) -> list[dict[str, Any]]:
-    """Every known trigger, with its worst target and, where that is not plainly below `limit`, what harmless triggers do.
+    """Every known trigger, with its worst target and, where that is not plainly below `limit`, what is harmless.
+
+    What is harmless is the largest rate at which the same trigger turns images of any control to any one class; without controls, that at
+    which random members of the trigger's family do so on the candidate itself.
 
     Args:
         model: the candidate.
@@ -81,6 +94,7 @@ def run_battery(
         limit: upper bound of the excess under which a trigger needs no comparison.
         null_members: harmless members per family.
         seed: of the harmless members.
+        controls: harmless models, each with the images that it was not trained on.
     """
     before = predictions(model, images)
     nulls: dict[str, float] = {}
@@ -89,16 +103,29 @@ def run_battery(
         counts = turned(before, predictions(model, trigger.attack.stamp(images)), labels, num_classes=num_classes)
         target = worst_target(counts)
         worst = rate(*counts[target])
-        if (worst["high"] is None or worst["high"] >= limit) and trigger.family not in nulls:
-            members = harmless(trigger.family, null_members, seed=seed)
-            nulls[trigger.family] = largest_rate(model, images[:NULL_IMAGES], labels[:NULL_IMAGES], members, num_classes=num_classes)
-        null = nulls.get(trigger.family)
+        name = trigger.name if controls else trigger.family
+        if (worst["high"] is None or worst["high"] >= limit) and name not in nulls:
+            if controls:
+                nulls[name] = largest_of_controls(controls, images, labels, trigger.attack, num_classes=num_classes)
+            else:
+                members = harmless(trigger.family, null_members, seed=seed)
+                nulls[name] = largest_rate(model, images[:NULL_IMAGES], labels[:NULL_IMAGES], members, num_classes=num_classes)
+        null, told = nulls.get(name), {"null_members": None if controls else null_members, "null_controls": len(controls) or None}
         battery.append(
             {"trigger": trigger.name, "family": trigger.family, "target": target, **worst}
-            | {"null": null, "null_members": None if null is None else null_members}
+            | {"null": null, **(told if null is not None else dict.fromkeys(told))}
             | {"targets": [{"target": label, "k": k, "n": n} for label, (k, n) in enumerate(counts)]}
         )
     return battery
+
+
+def largest_of_controls(controls: Sequence[Control], images: Images, labels: Labels, attack: Attack, *, num_classes: int) -> float:
+    """The largest rate in [0, 1] at which the trigger turns images of any control, none of its training images, to any one class."""
+    rates = []
+    for network, unseen in controls:
+        chosen = np.flatnonzero(unseen)[:NULL_IMAGES]
+        rates.append(largest_rate(network, images[chosen], labels[chosen], [attack], num_classes=num_classes))
+    return max(rates, default=0.0)
 
 
 def largest_rate(model: Network, images: Images, labels: Labels, members: Sequence[Attack], *, num_classes: int) -> float:

@@ -4,6 +4,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cbd.control import MIN_CONTROLS
 from cbd.errors import DataError
 
 
@@ -47,6 +48,9 @@ class Trigger(Target):
     high: float | None
     null: float | None = Field(ge=0, le=1)
     null_members: int | None = Field(ge=0)
+    """Random harmless triggers on the candidate that `null` is the largest rate of; None where it is another's, or there is none."""
+    null_controls: int | None = Field(default=None, ge=MIN_CONTROLS)
+    """Clean controls under this trigger that `null` is the largest rate of; None where it is another's, or there is none."""
     targets: list[Target]
 
 
@@ -98,6 +102,16 @@ class Samples(_Measured):
     """Of the suspects whose labels the pilot contradicts, those that the model calls what their label says."""
     per_class: list[Subset]
     per_source: list[Subset]
+
+
+class Controls(_Measured):
+    """The clean controls that the candidate was compared with."""
+
+    count: int = Field(ge=MIN_CONTROLS)
+    digests: list[str]
+    """Of their bundles."""
+    false_suspects: Share
+    """Of all of their training images together, which are honest, the suspects."""
 
 
 class Planted(_Measured):
@@ -155,6 +169,7 @@ class Evaluation(_Measured):
     attack_success_rate: Any
     confounder: ConfounderSummary
     samples: Samples | None
+    controls: Controls | None = None
     detection: Any
     baseline: Any
 
@@ -219,11 +234,27 @@ def _contradictions(measured: Evaluation) -> list[str]:
             faults.append(f"{name} counts more images than there are")
         elif counts.get(trigger.target) != (trigger.k, trigger.n) or not _agrees(trigger.rate, trigger.k, trigger.n):
             faults.append(f"{name} says {trigger.k} of {trigger.n} ({trigger.rate}) for target {trigger.target}, its targets say otherwise")
+        else:
+            faults += [f"{name} {fault}" for fault in _null_contradictions(trigger, measured.controls)]
+    if measured.controls is not None and len(set(measured.controls.digests)) != measured.controls.count:
+        faults.append(f"controls: {measured.controls.count} of them, but {len(set(measured.controls.digests))} digests")
     if measured.samples is not None:
         faults += _sample_contradictions(measured.samples, measured)
     if measured.champion is not None:
         faults += _champion_contradictions(measured.champion, measured)
     return faults
+
+
+def _null_contradictions(trigger: Trigger, controls: Controls | None) -> list[str]:
+    """What cannot be true of where the null came from: random triggers or controls, never both, and nothing else."""
+    if trigger.null_controls is not None and (controls is None or trigger.null_controls != controls.count):
+        return [f"was compared with {trigger.null_controls} controls, there are {controls.count if controls else 'none'}"]
+    sources = sum(source is not None for source in (trigger.null_members, trigger.null_controls))
+    if trigger.null is not None and sources != 1:
+        return [f"has a null of {sources} sources, expected one: random triggers or controls"]
+    if trigger.null is None and trigger.null_controls is not None:
+        return [f"was compared with {trigger.null_controls} controls, but has no null"]
+    return []
 
 
 def _sample_contradictions(samples: Samples, measured: Evaluation) -> list[str]:

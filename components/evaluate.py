@@ -1,5 +1,7 @@
 """Sixth step: the model is attacked and measured on the trusted set."""
 
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from cbd.errors import DataError
 from cbd.files import replacing, write_json
 from cbd.rates import rate
 from cbd.truth import Truth, read_truth
+from components.controls import find_controls, loaded, told
 from components.records import kfp_component, progress
 from components.train_deconfounded import EVIDENCE, read_separation
 
@@ -33,6 +36,8 @@ class Compared:
     """Its bundle and its version."""
     truth: Truth | None = field(default=None)
     """Where the poison is known, for trials and demos."""
+    controls: Sequence[Path] = ()
+    """Bundles of clean controls, as `components.controls.find_controls` gives them."""
 
 
 def evaluate(model: Path, trusted_set: Path, out: Path, *, policy: Gate, compared: Compared, seed: int) -> dict[str, Any]:
@@ -76,9 +81,10 @@ def evaluate(model: Path, trusted_set: Path, out: Path, *, policy: Gate, compare
         "champion": _against_champion(compared.champion, predicted, samples, card.class_names),
     }
     progress("evaluate", 2, 3, "known triggers")
-    found["battery"] = measure.run_battery(
-        network, images, labels, num_classes=num_classes, limit=policy.max_excess_asr, null_members=policy.null_members, seed=seed
-    )
+    about = {"limit": policy.max_excess_asr, "null_members": policy.null_members, "seed": seed}
+    controls = loaded(compared.controls, trusted_set)
+    found["battery"] = measure.run_battery(network, images, labels, num_classes=num_classes, controls=controls, **about)
+    found["controls"] = told(compared.controls) if controls else None
     names = ("k", "n", "rate", "low", "high")
     found["attack_success_rate"] = {row["trigger"]: {name: row[name] for name in names} for row in found["battery"]}
     progress("evaluate", 3, 3, "confounder and comparisons")
@@ -147,10 +153,10 @@ def _with_truth(model: Path, compared: Compared, samples: Any, success: dict[str
     truth = compared.truth
     if truth is not None and truth.known_trigger:
         success[truth.attack] = _attacked(model, samples, truth)
-    told = read_separation(compared.confounder) if compared.confounder else {"steps": 0, "separated": None, "gap": None}
+    stage_one = read_separation(compared.confounder) if compared.confounder else {"steps": 0, "separated": None, "gap": None}
     caught = _attacked(compared.confounder, samples, truth) if compared.confounder and truth and truth.known_trigger else None
     return {
-        "confounder": {"steps": told["steps"], "separated": told["separated"], "gap": told["gap"], "asr": caught},
+        "confounder": {**{name: stage_one[name] for name in ("steps", "separated", "gap")}, "asr": caught},
         "detection": detected(compared.evidence, truth) if compared.evidence and truth else None,
         "baseline": _baseline(compared.undefended, samples, truth) if compared.undefended else None,
     }
@@ -244,7 +250,11 @@ def evaluate_run(paths: dict[str, Path], out: Path, *, policy: dict[str, Any], s
 
     champion = champion_bundle(Path(workspace), name, read_info(paths["trusted_set"]).class_names)
     undefended = paths["undefended"] if (paths["undefended"] / CARD).is_file() else None
-    compared = Compared(paths["confounder"], paths["evidence"], paths["dataset"], undefended, champion, read_truth(paths["truth"]))
-    return evaluate(
-        paths["model"], paths["trusted_set"], out, policy=check_section(Gate, policy, name="gate"), compared=compared, seed=seed
-    )
+    checked = check_section(Gate, policy, name="gate")
+    with tempfile.TemporaryDirectory() as folder:
+        about = {name: paths[name] for name in ("model", "confounder", "trusted_set")}
+        found = find_controls(Path(workspace), Path(folder), **about, min_images=checked.min_images)
+        beside = (undefended, champion, read_truth(paths["truth"]), found.bundles)
+        compared = Compared(paths["confounder"], paths["evidence"], paths["dataset"], *beside)
+        outputs = evaluate(paths["model"], paths["trusted_set"], out, policy=checked, compared=compared, seed=seed)
+    return outputs | {"controls": {"used": len(found.bundles), "unused": found.unused}}

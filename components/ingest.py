@@ -86,7 +86,7 @@ def ingest(data: str, trusted: str, *, outputs: IngestPaths, params: Ingest, opt
         places = IngestPaths(*(stack.enter_context(replacing(path)) for path in outputs))
         places.quarantine.mkdir()
         clean = _take_in(trusted, "trusted set", params, folder=places.quarantine, source=TRUSTED_SOURCE)
-        class_names = _classes(clean[0], clean[1], trusted)
+        class_names = classes_of(clean[0], clean[1], trusted)
         model = registered_name(options.name, class_names)
         earlier = _earlier(options, model, class_names, places.quarantine / "accepted")
         folder, limit = places.quarantine, options.limit
@@ -154,7 +154,8 @@ def _take_in(
     return intake, delivery.class_names
 
 
-def _classes(clean: Intake, named: tuple[str, ...] | None, uri: str) -> list[str]:
+def classes_of(clean: Intake, named: tuple[str, ...] | None, uri: str) -> list[str]:
+    """The classes of a trusted set: its metadata's names in their order, else its labels sorted; raises DataError on one class only."""
     present = [name for name, count in clean.counts().items() if count]
     if len(present) < 2:
         raise DataError(f"trusted set {uri!r}: one class only ({present[0]!r}); expected images of at least 2 classes, one folder each")

@@ -1,5 +1,6 @@
 """Beside the evaluation: triggers that nobody knows are looked for, on the candidate and on the confounder."""
 
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 
 from kfp import dsl
 
+from cbd.anomaly import enough_controls
 from cbd.bundle import bundle_digest, read_card
 from cbd.config import Gate
 from cbd.dataset import load_samples, read_batches, read_info
@@ -58,7 +60,8 @@ def scan(
                 f"{list(info.class_names)}; give models and a trusted set that belong together"
             )
     trusted = _halves(trusted_set, card.image_size)
-    null = [_control_statistic(control, trusted, info.digest, seed=seed) for control in controls]
+    ranked = controls if enough_controls(len(controls), policy.scan_alpha) else ()
+    null = [_control_statistic(control, trusted, trusted_set, seed=seed) for control in ranked]
     sources = {"candidate": model, **({"confounder": confounder} if confounder else {})}
     found: dict[str, Any] = {
         "schema_version": 1,
@@ -69,7 +72,7 @@ def scan(
         "num_classes": len(info.class_names),
         "num_cal": len(trusted.cal_labels),
         "num_test": len(trusted.test_labels),
-        "num_controls": len(null),
+        "num_controls": len(controls),
         "scan_alpha": policy.scan_alpha,
         "confounder": None,
         "transfer": [],
@@ -91,22 +94,33 @@ def scan(
     return brief | {"transfer": found["transfer"]}
 
 
-def _halves(trusted_set: Path, image_size: int) -> _Trusted:
-    """The trusted set split by sample id, or by the column `group` where it has one."""
+def held_out(trusted_set: Path) -> Any:
+    """bool [N]: which trusted images triggers are stamped on; the inversion sees the others. By sample id, or the column `group` if any.
+
+    Raises:
+        DataError: all would be on one side.
+    """
     import pyarrow.parquet as pq
 
-    from cbd.scan import TEST_IMAGES, split
+    from cbd.scan import split
 
-    samples = load_samples(trusted_set, image_size=image_size)
     shards = sorted(read_info(trusted_set).shards)
-    names = samples.sample_ids
-    if shards and "group" in pq.read_schema(trusted_set / shards[0]).names:
-        names = [str(group) for batch in read_batches(trusted_set, columns=["group"]) for group in batch["group"].to_pylist()]
+    grouped = bool(shards) and "group" in pq.read_schema(trusted_set / shards[0]).names
+    name = "group" if grouped else "sample_id"
+    names = [str(value) for batch in read_batches(trusted_set, columns=[name]) for value in batch[name].to_pylist()]
     test = split(names)
     if test.all() or not test.any():
         raise DataError(f"{trusted_set}: cannot be split in two ({len(set(names))} sample ids or groups); give a larger trusted set")
-    held_out = samples.images[test][:TEST_IMAGES], samples.labels[test][:TEST_IMAGES]
-    return _Trusted(samples.images[~test], samples.labels[~test], *held_out)
+    return test
+
+
+def _halves(trusted_set: Path, image_size: int) -> _Trusted:
+    """The trusted set split in two (see `held_out`)."""
+    from cbd.scan import TEST_IMAGES
+
+    samples, test = load_samples(trusted_set, image_size=image_size), held_out(trusted_set)
+    stamped_on = samples.images[test][:TEST_IMAGES], samples.labels[test][:TEST_IMAGES]
+    return _Trusted(samples.images[~test], samples.labels[~test], *stamped_on)
 
 
 def _invert(bundle: Path, trusted: _Trusted, *, seed: int) -> Any:
@@ -141,16 +155,23 @@ def _scan_model(bundle: Path, trusted: _Trusted, null: list[float], *, alpha: fl
     return entry, triggers
 
 
-def _control_statistic(control: Path, trusted: _Trusted, trusted_digest: str, *, seed: int) -> float:
-    """The statistic of a harmless model: from the scan in its folder, or anew where that is of other weights, images or seed."""
+def _control_statistic(control: Path, trusted: _Trusted, trusted_set: Path, *, seed: int) -> float:
+    """The statistic of a harmless model: from the scan in its folder, or anew where that is of other weights, images or seed.
+
+    Triggers are inverted on the half that it was not trained on, if it was trained on one.
+    """
     import numpy as np
 
     from cbd.anomaly import anomaly_indices
+    from components.controls import unseen
     from components.summary import read_object
 
-    if (control / SCAN).is_file():
+    if not unseen(control, trusted_set)[~held_out(trusted_set)].all():
+        trusted = trusted._replace(cal_images=trusted.test_images, cal_labels=trusted.test_labels)
+    elif (control / SCAN).is_file():
         known = read_scan(read_object(control / SCAN))
-        if (known.model_digest, known.trusted_digest, known.seed) == (bundle_digest(control), trusted_digest, seed):
+        about = (bundle_digest(control), read_info(trusted_set).digest, seed)
+        if (known.model_digest, known.trusted_digest, known.seed) == about:
             return float(anomaly_indices(np.array(known.candidate.log_norms)).max())
     norms = _invert(control, trusted, seed=seed).norms.double().clamp_min(LEAST_NORM)
     return float(anomaly_indices(norms.log().cpu().numpy()).max())
@@ -201,6 +222,7 @@ def _draw(found: list[Any], path: Path) -> None:
 @kfp_component
 def scan_step(
     records: str,
+    workspace: str,
     seed: int,
     gate: dict,
     trusted_set: dsl.Input[dsl.Dataset],
@@ -212,6 +234,7 @@ def scan_step(
 
     Args:
         records: prefix of the step records.
+        workspace: folder in whose registry clean controls are looked up.
         seed: seed of the inversion.
         gate: section `gate` of params.yaml.
         trusted_set: the trusted set.
@@ -221,12 +244,21 @@ def scan_step(
     """
     from pathlib import Path
 
-    from cbd.config import Gate, check_section
     from components.records import step
-    from components.scan import scan
+    from components.scan import scan_run
 
     with step(records, "scan") as outputs:
         outputs["paths"] = {"scanned": scanned.path}
-        policy = check_section(Gate, gate, name="gate")
-        paths = (Path(model.path), Path(confounder.path), Path(trusted_set.path), Path(scanned.path))
-        outputs |= scan(*paths, policy=policy, seed=seed)
+        paths = {"model": Path(model.path), "confounder": Path(confounder.path), "trusted_set": Path(trusted_set.path)}
+        outputs |= scan_run(paths, Path(scanned.path), policy=gate, seed=seed, workspace=workspace)
+
+
+def scan_run(paths: dict[str, Path], out: Path, *, policy: dict[str, Any], seed: int, workspace: str) -> dict[str, Any]:
+    """`scan` with the artifacts of a pipeline run and the clean controls of its workspace."""
+    from cbd.config import check_section
+    from components.controls import find_controls
+
+    checked = check_section(Gate, policy, name="gate")
+    with tempfile.TemporaryDirectory() as folder:
+        controls = find_controls(Path(workspace), Path(folder), **paths, min_images=checked.min_images).bundles
+        return scan(paths["model"], paths["confounder"], paths["trusted_set"], out, policy=checked, seed=seed, controls=controls)

@@ -133,7 +133,7 @@ def retrain(
                     )
                 ).outputs["evaluation"]
                 found = {"confounder": caught, "model": trained["model"], "trusted_set": taken["trusted_set"]}
-                scanned = on_gpu(scan_step(records=records, seed=seed, gate=gate, **found)).outputs["scanned"]
+                scanned = on_gpu(scan_step(records=records, workspace=workspace, seed=seed, gate=gate, **found)).outputs["scanned"]
                 measured = {"evaluation": evaluation, "canary": rehearsed.outputs["canary"], "scanned": scanned}
                 decided = uncached(decide_step(model=trained["model"], **measured, **judged)).outputs
                 registered = {

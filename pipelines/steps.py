@@ -1,5 +1,6 @@
 """Single steps by hand: the same functions that the pipeline's components call."""
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -110,6 +111,7 @@ def evaluate(model: str, trusted: str, *, params: Params, truth: Path | None, ou
     from cbd.bundle import read_card
     from cbd.dataset import INFO
     from cbd.truth import read_truth
+    from components.controls import find_controls
     from components.evaluate import EVALUATION, Compared
     from components.evaluate import evaluate as measure
     from components.tracking import fetch_model
@@ -126,6 +128,12 @@ def evaluate(model: str, trusted: str, *, params: Params, truth: Path | None, ou
         if not (trusted_set / INFO).is_file():
             trusted_set = Path(folder) / "trusted"
             _take_in(trusted, trusted_set, read_card(bundle).class_names, params)
+        if compared.confounder:
+            about = {"model": bundle, "confounder": compared.confounder, "trusted_set": trusted_set}
+            controls = find_controls(workspace, Path(folder) / "controls", **about, min_images=params.gate.min_images)
+            compared = dataclasses.replace(compared, controls=controls.bundles)
+            for tag, why in controls.unused.items():
+                print(f"not compared with {printable(f'{tag}: {why}')}", file=sys.stderr)
         measure(bundle, trusted_set, place, policy=params.gate, compared=compared, seed=params.seed)
         measured: dict[str, Any] = json.loads((place / EVALUATION).read_text())
     shown = ("clean_accuracy", "attack_success_rate", "confounder", "detection", "num_images", "model_digest", "trusted_digest")

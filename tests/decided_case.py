@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harmless_scan import SCAN
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -61,19 +62,9 @@ def make_case(
     digests = {"model_digest": bundle_digest(bundle), "data_digest": data, "trusted_digest": trusted}
     write_json(root / "evaluation" / "evaluation.json", make_evaluation(**{**digests, **changes}))
     write_json(root / "validation" / "validation.json", {**VALID, "data_digest": data, "trusted_digest": trusted})
-    write_json(root / "scan" / "scan.json", make_scan(digests["model_digest"], trusted))
+    write_json(root / "scan" / "scan.json", {**SCAN, "model_digest": digests["model_digest"], "trusted_digest": trusted})
     names = ("dataset", "trusted_set", "validation", "evaluation", "model")
     return Case(workspace, run_id, Subject(*(root / name for name in names), scan=root / "scan"))
-
-
-def make_scan(model_digest: str, trusted_digest: str) -> dict[str, Any]:
-    """The content of a `scan.json` in which the trigger of no class does more than those of the others."""
-    entry = {"log_norms": [3.0, 3.1, 3.2, 3.3], "success": [0.9] * 4, "unreached": [], "statistic": None, "p_value": None}
-    about = {"model_digest": model_digest, "trusted_digest": trusted_digest, "confounder_digest": None, "confounder": None}
-    counts = {"seed": 0, "num_classes": 4, "num_cal": 600, "num_test": 600, "num_controls": 0, "scan_alpha": 0.02, "seconds": 1.0}
-    transfer = [{"source": "candidate", "target": 0, "k": 300, "n": 450, "null": 0.7}]
-    candidate = {**entry, "method": "not-applicable", "flagged": None}
-    return {"schema_version": 1, **about, **counts, "candidate": candidate, "transfer": transfer}
 
 
 def make_dataset(folder: Path, per_class: int, *, trial: bool = False) -> str:

@@ -15,7 +15,7 @@ from cbd.attacks.poisoning import Goal
 from cbd.battery import BATTERY, FAMILIES, harmless
 from cbd.bundle import BundleCard, bundle_digest
 from cbd.config import AttackName, Gate, Poison
-from cbd.dataset import make_row, read_info, to_batches, write_dataset
+from cbd.dataset import load_samples, make_row, read_info, to_batches, write_dataset
 from cbd.errors import DataError
 from cbd.evaluate import (
     attack_success,
@@ -23,13 +23,14 @@ from cbd.evaluate import (
     compare,
     defence_effectiveness,
     largest_rate,
+    predictions,
     run_battery,
     triggered_rates,
     turned,
     worst_target,
 )
 from cbd.measurements import read_evaluation
-from cbd.models import make_model, save_bundle
+from cbd.models import load_model, make_model, save_bundle
 from cbd.truth import read_truth
 from components.evaluate import Compared, evaluate
 from components.poison import poison
@@ -118,6 +119,21 @@ def test_the_battery_finds_the_planted_trigger_and_compares_it_with_harmless_one
     assert [count["target"] for count in planted["targets"]] == [0, 1, 2]
 
 
+class Steady(Corner):
+    """Says class 0 whatever it sees."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor([[1.0, 0.0, 0.0]]).expand(len(images), 3), torch.zeros(len(images), 1)
+
+
+@pytest.mark.parametrize(("num", "measured"), [(10, True), (40, False)])
+def test_where_few_images_could_turn_harmless_triggers_are_measured_although_none_turns(num: int, measured: bool) -> None:
+    """0 of 20 is at most 13.9 %, 0 of 80 at most 3.7 %."""
+    images, labels = naming([0, 1, 2] * num)
+    for row in run_battery(Steady(), images, labels, num_classes=3, limit=0.05, null_members=1, seed=0):
+        assert (row["k"], row["n"], row["null"] is not None) == (0, 2 * num, measured)
+
+
 def test_harmless_members_are_the_same_again_and_differ_from_each_other() -> None:
     images = np.random.default_rng(0).integers(0, 256, (1, 3, 16, 16), np.uint8)
     for family in FAMILIES:
@@ -145,8 +161,8 @@ def dataset(folder: Path, num: int) -> Path:
     return folder
 
 
-def bundle(folder: Path, *, classes: tuple[str, ...] = CLASSES) -> Path:
-    model = make_model("wrn-16-1", num_classes=len(classes), image_size=16, generator=torch.Generator().manual_seed(0))
+def bundle(folder: Path, *, classes: tuple[str, ...] = CLASSES, seed: int = 0) -> Path:
+    model = make_model("wrn-16-1", num_classes=len(classes), image_size=16, generator=torch.Generator().manual_seed(seed))
     values: dict[str, Any] = {"architecture": "wrn-16-1", "class_names": classes, "image_size": 16, "data_digest": "0" * 64}
     save_bundle(model, BundleCard(kind="deconfounded", params={}, seed=0, trial=False, weights_sha256="", **values), folder)
     return folder
@@ -176,6 +192,18 @@ def test_the_truth_adds_its_attack_by_name_and_a_champion_is_paired(tmp_path: Pa
     assert (found["champion"]["version"], found["champion"]["wins"], found["champion"]["losses"]) == ("7", 0, 0)
     assert found["baseline"]["asr"] == found["attack_success_rate"]["blend"]
     read_evaluation(found)
+
+
+def test_the_champion_is_measured_and_not_the_candidate_again(tmp_path: Path) -> None:
+    trusted, candidate, champion = dataset(tmp_path / "trusted", 60), bundle(tmp_path / "model"), bundle(tmp_path / "champion", seed=1)
+    samples = load_samples(trusted, image_size=16)
+    ours, theirs = (predictions(load_model(one)[0], samples.images) == samples.labels for one in (candidate, champion))
+    assert (ours != theirs).any()
+    policy, compared = Gate(min_clean_accuracy=0.5, null_members=1), Compared(champion=(champion, "7"))
+    evaluate(candidate, trusted, tmp_path / "out", policy=policy, compared=compared, seed=0)
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["champion"]
+    assert found["digest"] == bundle_digest(champion)
+    assert (found["k"], found["wins"], found["losses"]) == (theirs.sum(), (ours & ~theirs).sum(), (theirs & ~ours).sum())
 
 
 def test_a_trusted_set_of_other_classes_is_refused(tmp_path: Path) -> None:

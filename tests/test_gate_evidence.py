@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from decided_case import make_scan
+from harmless_scan import SCAN
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +18,6 @@ from cbd.rates import rate
 
 Make = Callable[..., dict[str, Any]]
 POLICY = Gate(min_clean_accuracy=0.9, confidence=0.9)
-SCAN = make_scan("a" * 64, "c" * 64)
 VALID = {"passed": True, "critical": [], "warnings": []}
 NOTHING = {"steps": 400, "separated": False, "gap": None, "asr": None}
 

@@ -59,7 +59,7 @@ def decide(
         seeing = check_canary(told, strict, num_images=measured.num_images)
         checks += [*check_triggers(measured, strict), *check_utility(measured, strict), *seeing]
         checks += check_unknown(read_scan(scan) if scan is not None else None, strict)
-        checks += check_samples(measured.samples, told, strict)
+        checks += check_samples(measured.samples, told, strict, controls=measured.controls)
         checks.append(_check_separation(measured.confounder, assayed=told is not None and worst(seeing) != "INVALID"))
         checks.append(_tell_attempt(attempt, strict))
     verdict = worst(checks)

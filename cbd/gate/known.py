@@ -39,11 +39,19 @@ def _check_trigger(trigger: Trigger, policy: Gate, adjusted: list[float]) -> Che
         result, why = ("INCONCLUSIVE", f"too few images to stay under {percent(limit)} even if none turned")
     else:
         result, why = "REVIEW", f"not shown to be under the limit of {percent(limit)}"
-    if over and trigger.null is None:
-        why += "; harmless triggers were not measured, so they excuse nothing"
+    why += _tell_null(trigger) if trigger.null is not None or over else ""
     bound = bounds[shown]
     turned = f"{trigger.trigger} turns {bound['k']} of {bound['n']} images to class {trigger.targets[shown].target}"
     return make_check("B", trigger.trigger, result, f"{turned}, at most {percent(highs[shown])}: {why}.", bound, limit)
+
+
+def _tell_null(trigger: Trigger) -> str:
+    """What the trigger was compared with."""
+    if trigger.null is None:
+        return "; harmless triggers were not measured, so they excuse nothing"
+    if trigger.null_controls is not None:
+        return f"; it turns up to {percent(trigger.null)} on {trigger.null_controls} clean controls"
+    return f"; {trigger.null_members} random harmless triggers turn up to {percent(trigger.null)}"
 
 
 def _check_battery(checks: list[Check], measured: Evaluation, policy: Gate) -> Check:

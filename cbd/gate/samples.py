@@ -3,24 +3,25 @@
 from cbd.config import Gate
 from cbd.gate.check import Check, high_of, low_of, make_check, percent
 from cbd.gate.statistics import holm, poison_fraction, tail_p_value
-from cbd.measurements import CanaryResult, Samples, Subset
+from cbd.measurements import CanaryResult, Controls, Samples, Share, Subset
 from cbd.rates import rate
 
 MIN_GAP = 0.1
 """Where stage 1 finds hardly more of the poison than of honest images, no fraction can be told."""
 
 
-def check_samples(samples: Samples | None, canary: CanaryResult | None, policy: Gate) -> list[Check]:
+def check_samples(samples: Samples | None, canary: CanaryResult | None, policy: Gate, *, controls: Controls | None = None) -> list[Check]:
     """Whether the candidate follows the suspects (the verdict depends on it), and two findings about the delivery (it does not).
 
     Args:
         samples: None: there is no evidence table, so nothing was tested.
         canary: tells the share of poison that stage 1 finds.
         policy: the `gate` section of `params.yaml`.
+        controls: tell the share of honest images that stage 1 suspects, in place of the canary.
     """
     if samples is None:
         return [make_check("D", "suspects", "REVIEW", "There is no evidence on the training images: nothing was tested.")]
-    return [_check_followed(samples, policy), _tell_fraction(samples, canary, policy), *_tell_excess(samples, policy)]
+    return [_check_followed(samples, policy), _tell_fraction(samples, canary, controls, policy), *_tell_excess(samples, policy)]
 
 
 def _check_followed(samples: Samples, policy: Gate) -> Check:
@@ -40,14 +41,12 @@ def _check_followed(samples: Samples, policy: Gate) -> Check:
     return make_check("D", "suspects", "REVIEW", f"{told}, not under {percent(limit)}: it may have learned them.", bound, limit)
 
 
-def _tell_fraction(samples: Samples, canary: CanaryResult | None, policy: Gate) -> Check:
+def _tell_fraction(samples: Samples, canary: CanaryResult | None, controls: Controls | None, policy: Gate) -> Check:
     flagged = rate(samples.suspects, samples.num_images, confidence=policy.confidence)
     told = f"{samples.suspects} of {samples.num_images} training images are suspects"
     if canary is None:
         return make_check("D", "poison fraction", "PASS", f"{told}; without a canary their share of the poison is unknown.", flagged)
-    found, false = canary.pooled_found(), canary.false_suspects
-    if canary.data_digest == samples.data_digest:  # the canary's other suspects are this data's own, not false ones
-        false = false.model_copy(update={"k": max(0, false.k - samples.suspects)})
+    found, false = canary.pooled_found(), _false_suspects(samples, canary, controls)
     fraction = poison_fraction(flagged, (found.k, found.n), (false.k, false.n), confidence=policy.confidence, min_gap=MIN_GAP)
     if fraction is None:
         return make_check("D", "poison fraction", "PASS", f"{told}; stage 1 found too little of the canary's poison to tell a fraction.")
@@ -56,7 +55,21 @@ def _tell_fraction(samples: Samples, canary: CanaryResult | None, policy: Gate) 
     bound = {**flagged, "rate": value, "low": low, "high": high}
     smallest = min((family.num_poisoned for family in canary.families), default=0)
     sentence += f". Fewer than {smallest} images of a kind ({percent(smallest / canary.num_images)}) were not tried."
+    if controls is not None:
+        sentence += f" {false.k} of {false.n} honest images of {controls.count} clean controls were suspects."
     return make_check("D", "poison fraction", "PASS", sentence, bound)  # type: ignore[arg-type]
+
+
+def _false_suspects(samples: Samples, canary: CanaryResult, controls: Controls | None) -> Share:
+    """Of honest images, the suspects: of the controls' training images; else of the canary's that hold none of its own triggers.
+
+    What the canary says is taken on the data itself, poison and all: other suspects of a canary on this data are the data's own, not false.
+    """
+    if controls is not None:
+        return controls.false_suspects
+    if canary.data_digest == samples.data_digest:
+        return canary.false_suspects.model_copy(update={"k": max(0, canary.false_suspects.k - samples.suspects)})
+    return canary.false_suspects
 
 
 def _tell_excess(samples: Samples, policy: Gate) -> list[Check]:
