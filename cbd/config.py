@@ -202,11 +202,11 @@ class Gate(Section):
     max_followed: float = Field(default=0.10, gt=0, lt=1)
     """REVIEW if the upper bound of the share of suspects with doubtful labels that the model follows is over this."""
     required_canaries: tuple[Family, ...] = ("patch", "blend")
-    """INVALID if stage 1 was blind to one of these families in the canary."""
+    """INVALID if stage 1 was blind to one of these families in the canary, REVIEW if stage 2 kept one; others are named as not covered."""
     min_canary_seen: float = Field(default=0.8, gt=0, lt=1)
     """Stage 1 sees a family if the lower bound of the share that it found, or of the ASR of the confounder, is at least this."""
     max_canary_asr: float = Field(default=0.10, gt=0, lt=1)
-    """REVIEW if the upper bound of a family's excess ASR on the canary's deconfounded model is over this."""
+    """Stage 2 kept a family if the upper bound of its excess ASR on the canary's deconfounded model is over this."""
 
 
 class Poison(Section):

@@ -41,7 +41,7 @@ BREAKS = {
         "cbd/evaluate.py", 'worst["high"] >= limit', 'worst["low"] >= limit', MEASURES
     ),
     "the lower bound of what the canary's model kept counts": Break(
-        "cbd/gate/canary.py", "if high_of(left) <= policy.max_canary_asr:", "if low_of(left) <= policy.max_canary_asr:", EVIDENCE
+        "cbd/gate/canary.py", "return high_of(rate(planted.left.k,", "return low_of(rate(planted.left.k,", EVIDENCE
     ),
     "the lower bound of followed suspects counts": Break(
         "cbd/gate/samples.py", "if high_of(bound) <= limit or", "if low_of(bound) <= limit or", EVIDENCE

@@ -218,7 +218,7 @@ def test_a_finished_run_is_judged_by_another_policy_and_its_model_is_tested_agai
     assert code == 0 and row["passes"] and row["name"] == told["model"]["name"], row["sentence"]
 
 
-@pytest.mark.parametrize("step", ALWAYS)
+@pytest.mark.parametrize("step", [name for name in ALWAYS if name != "canary"])  # which here has nothing to do, and is over at once
 def test_a_killed_step_shows_in_the_report_and_fails_the_run(place: Place, capsys: pytest.CaptureFixture[str], step: str) -> None:
     with killing(step, place) as killed:
         code, told, err = cbd(capsys, place.arguments())

@@ -9,8 +9,10 @@ from cbd.rates import rate
 def check_canary(canary: CanaryResult | None, policy: Gate, *, num_images: int) -> list[Check]:
     """One entry per planted family, and one for the canary as a whole; a single one without a canary.
 
-    Stage 1 sees a family if it found enough of its images, or if the confounder learned its trigger: a lower bound of either is at least
-    `min_canary_seen`. (A family of 50 images is often found whole before the confounder obeys its trigger on new ones.)
+    A family is covered if stage 1 saw it and stage 2 left nothing of it. Stage 1 sees a family if it found enough of its images, or if the
+    confounder learned its trigger: a lower bound of either is at least `min_canary_seen`. (A family of 50 images is often found whole
+    before the confounder obeys its trigger on new ones.) A family that the policy requires is INVALID where it was not seen, and REVIEW
+    where it was and is followed; any other one is named as not covered, for a PASS speaks of the covered families alone.
 
     Args:
         canary: None: none was trained.
@@ -29,21 +31,27 @@ def seen(planted: Planted, policy: Gate) -> bool:
     return max(low_of(bound) for bound in bounds) >= policy.min_canary_seen
 
 
+def removed(planted: Planted, policy: Gate) -> bool:
+    """Whether stage 2 left nothing of the family."""
+    return high_of(rate(planted.left.k, planted.left.n, confidence=policy.confidence)) <= policy.max_canary_asr
+
+
 def _check_family(planted: Planted, policy: Gate, *, num_images: int) -> Check:
     left = rate(planted.left.k, planted.left.n, confidence=policy.confidence)
     found = f"Of the canary's {planted.family} stage 1 found {planted.found.k} of {planted.found.n} images"
     learned = f"the confounder follows it on {planted.learned.k} of {planted.learned.n} triggered images"
-    kept = f"the deconfounded model follows it on {left['k']} of {left['n']} images, at most {percent(high_of(left))}"
-    name = f"canary: {planted.family}"
-    if not seen(planted, policy):
-        result, what = ("INVALID", "required") if planted.family in policy.required_canaries else ("PASS", "not covered")
-        sentence = f"{found}, {learned}: it is blind to this family, which is {what}; {kept}."
-        return make_check("A", name, result, sentence, left, policy.max_canary_asr)
-    sentence = f"{found}, {learned}; {kept}."
-    if high_of(left) <= policy.max_canary_asr:
-        return make_check("A", name, "PASS", sentence, left, policy.max_canary_asr)
-    sentence += f" That is not under {percent(policy.max_canary_asr)}."
-    return not_judged(make_check("A", name, "REVIEW", sentence, left, policy.max_canary_asr), num_images, policy.min_images)
+    kept = f"the deconfounded model on {left['k']} of {left['n']}, at most {percent(high_of(left))}"
+    told, required = f"{found}, {learned}, {kept}", planted.family in policy.required_canaries
+    if seen(planted, policy) and removed(planted, policy):
+        result, why = "PASS", "covered"
+    elif not required:
+        result, why = "PASS", "not covered, and not required"
+    elif not seen(planted, policy):
+        result, why = "INVALID", "stage 1 is blind to this family, which is required"
+    else:
+        result, why = "REVIEW", f"stage 2 keeps this family, which is required: not under {percent(policy.max_canary_asr)}"
+    check = make_check("A", f"canary: {planted.family}", result, f"{told}: {why}.", left, policy.max_canary_asr)
+    return not_judged(check, num_images, policy.min_images) if result == "REVIEW" else check
 
 
 def _check_whole(canary: CanaryResult, families: list[Check], policy: Gate) -> Check:
@@ -51,10 +59,10 @@ def _check_whole(canary: CanaryResult, families: list[Check], policy: Gate) -> C
     missing = [family for family in policy.required_canaries if family not in planted]
     if missing:
         return make_check("A", "canary", "INVALID", f"The canary did not hold {', '.join(missing)}, which the policy requires.")
-    covered = [name for name, family in planted.items() if seen(family, policy)]
-    blind = [f"{name} (followed on {family.left.k} of {family.left.n})" for name, family in planted.items() if name not in covered]
+    covered = [name for name, family in planted.items() if seen(family, policy) and removed(family, policy)]
+    others = [f"{name} (followed on {family.left.k} of {family.left.n})" for name, family in planted.items() if name not in covered]
     share = max((planted[name].num_poisoned for name in covered), default=0) / canary.num_images
     sentence = f"The canary covers {', '.join(covered) or 'no family'}"
     sentence += f", each at {percent(share)} of the data: less poison was not tried." if covered else "."
-    sentence += f" Not covered: {', '.join(blind)}." if blind else ""
+    sentence += f" Not covered: {', '.join(others)}." if others else ""
     return make_check("A", "canary", worst(families), sentence)
