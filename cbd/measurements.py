@@ -8,13 +8,13 @@ from cbd.control import MIN_CONTROLS
 from cbd.errors import DataError
 
 
-class _Measured(BaseModel):
-    """A part of `evaluation.json`: closed to unknown keys, wrong types, NaN and infinity."""
+class Measured(BaseModel):
+    """A part of a file of measurements: closed to unknown keys, wrong types, NaN and infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Share(_Measured):
+class Share(Measured):
     """k of n, and the rate with its bounds for whoever reads the file: the gate makes its own."""
 
     k: int = Field(ge=0)
@@ -30,7 +30,7 @@ class Share(_Measured):
         return self
 
 
-class Target(_Measured):
+class Target(Measured):
     """How many images one trigger turns to one class beyond those called so anyway."""
 
     target: int = Field(ge=0)
@@ -54,7 +54,7 @@ class Trigger(Target):
     targets: list[Target]
 
 
-class ClassChange(_Measured):
+class ClassChange(Measured):
     """One class, candidate against champion on the same images."""
 
     class_name: str
@@ -63,7 +63,7 @@ class ClassChange(_Measured):
     losses: int = Field(ge=0)
 
 
-class Champion(_Measured):
+class Champion(Measured):
     """The candidate against the champion on the same images; wins: candidate right and champion wrong."""
 
     version: str | int
@@ -75,7 +75,7 @@ class Champion(_Measured):
     per_class: list[ClassChange]
 
 
-class ConfounderSummary(_Measured):
+class ConfounderSummary(Measured):
     """What the gate needs to know of the confounder."""
 
     steps: int
@@ -84,7 +84,7 @@ class ConfounderSummary(_Measured):
     asr: Any
 
 
-class Subset(_Measured):
+class Subset(Measured):
     """Suspects among the training images of one class or one supplier."""
 
     name: str
@@ -92,7 +92,7 @@ class Subset(_Measured):
     n: int = Field(ge=0)
 
 
-class Samples(_Measured):
+class Samples(Measured):
     """What the evidence table says of the training images."""
 
     data_digest: str
@@ -104,7 +104,7 @@ class Samples(_Measured):
     per_source: list[Subset]
 
 
-class Controls(_Measured):
+class Controls(Measured):
     """The clean controls that the candidate was compared with."""
 
     count: int = Field(ge=MIN_CONTROLS)
@@ -114,7 +114,7 @@ class Controls(_Measured):
     """Of all of their training images together, which are honest, the suspects."""
 
 
-class Planted(_Measured):
+class Planted(Measured):
     """One trigger family of the canary."""
 
     family: Literal["patch", "blend", "sinusoid", "warp"]
@@ -130,7 +130,7 @@ class Planted(_Measured):
     """Of trusted images that the deconfounded model does not call the target untriggered, those that turn to it."""
 
 
-class CanaryResult(_Measured):
+class CanaryResult(Measured):
     """`canary.json` as the gate reads it."""
 
     schema_version: Literal[1]
@@ -153,7 +153,7 @@ class CanaryResult(_Measured):
         return Share(k=k, n=n, rate=k / n if n else None, low=None, high=None)
 
 
-class Evaluation(_Measured):
+class Evaluation(Measured):
     """`evaluation.json` as the gate reads it. What rests on ground truth is let through unread."""
 
     schema_version: Literal[1]
@@ -180,7 +180,7 @@ def read_evaluation(values: dict[str, Any]) -> Evaluation:
     Raises:
         DataError: a key is unknown or missing, a number is NaN, or counts contradict each other; in one line.
     """
-    measured = _checked(Evaluation, values, name="evaluation.json", fix="evaluate the model again")
+    measured = checked(Evaluation, values, name="evaluation.json", fix="evaluate the model again")
     for fault in _contradictions(measured):
         raise DataError(f"evaluation.json: {fault}; evaluate the model again")
     return measured
@@ -192,7 +192,7 @@ def read_canary(values: dict[str, Any]) -> CanaryResult:
     Raises:
         DataError: a key is unknown or missing, a number is NaN, or counts contradict each other; in one line.
     """
-    told = _checked(CanaryResult, values, name="canary.json", fix="run the pipeline again")
+    told = checked(CanaryResult, values, name="canary.json", fix="run the pipeline again")
     names = [planted.family for planted in told.families]
     if len(set(names)) != len(names):
         raise DataError("canary.json: names a family twice; run the pipeline again")
@@ -202,10 +202,11 @@ def read_canary(values: dict[str, Any]) -> CanaryResult:
     return told
 
 
-M = TypeVar("M", bound=_Measured)
+M = TypeVar("M", bound=Measured)
 
 
-def _checked(model: type[M], values: dict[str, Any], *, name: str, fix: str) -> M:
+def checked(model: type[M], values: dict[str, Any], *, name: str, fix: str) -> M:
+    """`values` as a `model`, or a DataError in one line that names the file and the fix."""
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -4,21 +4,16 @@ import math
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from cbd.anomaly import anomaly_indices, enough_controls
 from cbd.errors import DataError
+from cbd.measurements import Measured, checked
 
 Source = Literal["candidate", "confounder"]
 
 
-class _Measured(BaseModel):
-    """A part of `scan.json`: closed to unknown keys, wrong types, NaN and infinity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ScannedModel(_Measured):
+class ScannedModel(Measured):
     """The inversion on one model."""
 
     log_norms: list[float]
@@ -35,7 +30,7 @@ class ScannedModel(_Measured):
     """The class with the smallest trigger, where the p-value is at most `scan_alpha`."""
 
 
-class Transfer(_Measured):
+class Transfer(Measured):
     """What a trigger does to held-out images on the candidate: its own smallest one, and a flagged one of the confounder."""
 
     source: Source
@@ -48,7 +43,7 @@ class Transfer(_Measured):
     """Largest such rate of the other classes' triggers of at most the same norm, and of the same trigger on controls."""
 
 
-class Scan(_Measured):
+class Scan(Measured):
     """`scan.json`."""
 
     schema_version: Literal[1]
@@ -75,12 +70,7 @@ def read_scan(values: dict[str, Any]) -> Scan:
     Raises:
         DataError: a key is unknown or missing, a number is NaN, or numbers contradict each other; in one line.
     """
-    try:
-        scan = Scan.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"scan.json: {where!r}: {first['msg'].lower()}; scan the model again") from None
+    scan = checked(Scan, values, name="scan.json", fix="scan the model again")
     for fault in _contradictions(scan):
         raise DataError(f"scan.json: {fault}; scan the model again")
     return scan
