@@ -46,7 +46,7 @@ def dvc(clone: Path, *arguments: str) -> str:
 
 def test_the_stages_are_a_matrix_over_attacks(clone: Path) -> None:
     stages = {line.split()[0] for line in dvc(clone, "stage", "list").splitlines()}
-    every = {f"{stage}@{attack}" for stage in ("poison", "validate", "train", "evaluate", "gate") for attack in ATTACKS}
+    every = {f"{stage}@{attack}" for stage in ("poison", "validate", "train", "evaluate", "scan", "gate") for attack in ATTACKS}
     assert stages == {"deliver", "ingest"} | every
 
 
