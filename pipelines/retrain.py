@@ -118,7 +118,7 @@ def retrain(
                 caught = on_gpu(train_confounder_step(confounder_params=confounder, **training)).after(versioned).outputs["confounder"]
                 trained = on_gpu(train_deconfounded_step(deconfounded_params=deconfounded, confounder=caught, **training)).outputs
                 undefended = on_gpu(train_undefended_step(enabled=baseline, deconfounded_params=deconfounded, **training)).after(versioned)
-                evaluation = on_gpu(
+                evaluated = on_gpu(
                     evaluate_step(
                         name=name,
                         seed=seed,
@@ -131,10 +131,11 @@ def retrain(
                         **sets,
                         **run,
                     )
-                ).outputs["evaluation"]
+                )
                 found = {"confounder": caught, "model": trained["model"], "trusted_set": taken["trusted_set"]}
-                scanned = on_gpu(scan_step(records=records, workspace=workspace, seed=seed, gate=gate, **found)).outputs["scanned"]
-                measured = {"evaluation": evaluation, "canary": rehearsed.outputs["canary"], "scanned": scanned}
+                searched = on_gpu(scan_step(records=records, workspace=workspace, seed=seed, gate=gate, **found)).after(evaluated)
+                measured = {"evaluation": evaluated.outputs["evaluation"], "canary": rehearsed.outputs["canary"]}
+                measured["scanned"] = searched.outputs["scanned"]
                 decided = uncached(decide_step(model=trained["model"], **measured, **judged)).outputs
                 registered = {
                     "name": name,
