@@ -77,6 +77,12 @@ class Run:
     def separation(self) -> dict[str, Any]:
         return self.artifact("train_confounder", "confounder", "separation.json")
 
+    def check(self, letter: str, name: str) -> dict[str, Any]:
+        """The check of that letter and name in the decision; empty if there is none."""
+        checks = self.decision.get("checks")
+        found = [_object(each) for each in checks] if isinstance(checks, list) else []
+        return next((each for each in found if (each.get("check"), each.get("name")) == (letter, name)), {})
+
     @property
     def verdict(self) -> str | None:
         """The decision's verdict if it is a known one and the step that decided says the same."""
@@ -187,10 +193,8 @@ def summarise(run: Run, run_dir: Path) -> dict[str, Any]:
 
 def _canary(run: Run) -> str | None:
     """What the decision says of the canary as a whole; None where it says nothing."""
-    checks = run.decision.get("checks") if run.verdict else None
-    found = [_object(each) for each in checks] if isinstance(checks, list) else []
-    told = [each.get("sentence") for each in found if (each.get("check"), each.get("name")) == ("A", "canary")]
-    return told[0] if told and isinstance(told[0], str) else None
+    told = run.check("A", "canary").get("sentence") if run.verdict else None
+    return told if isinstance(told, str) else None
 
 
 def _nothing_new(run: Run) -> str | None:

@@ -12,6 +12,7 @@ from report_run import edit_record, make_run, write_scan
 
 from cbd.anomaly import anomaly_indices
 from cbd.files import write_json
+from cbd.rates import rate
 from components.charts import scatter
 from components.pages import unknown
 from components.report import report
@@ -190,3 +191,13 @@ def test_dots_stand_side_by_side_and_the_lowest_is_larger() -> None:
     drawn = scatter([("confounder", [0.5, 0.25])], levels=[(0.0, "<1>")], label="x")
     assert re.findall(r'cx="([\d.]+)%" cy="([\d.]+)" r="([\d.]+)"', drawn) == [("25.00", "84.0", "3.5"), ("75.00", "126.0", "6")]
     assert "&lt;1&gt;" in drawn
+
+
+def test_a_family_that_was_seen_and_kept_is_told_as_not_covered(run: Path) -> None:
+    """Found whole, and followed on 200 of 627: a PASS of that family, which the policy does not require, covers it no more."""
+    file = run / "kfp" / "canary" / "canary.json"
+    content = json.loads(file.read_text())
+    (warp,) = (each for each in content["families"] if each["family"] == "warp")
+    warp |= {"found": rate(50, 50), "left": rate(200, 627)}
+    edit(file, families=content["families"])
+    assert "not covered" in rows(section(run, "canary"))[2]

@@ -36,13 +36,18 @@ def removed(planted: Planted, policy: Gate) -> bool:
     return high_of(rate(planted.left.k, planted.left.n, confidence=policy.confidence)) <= policy.max_canary_asr
 
 
+def covered(planted: Planted, policy: Gate) -> bool:
+    """Whether stage 1 saw the family and stage 2 left nothing of it: only of such families does a PASS speak."""
+    return seen(planted, policy) and removed(planted, policy)
+
+
 def _check_family(planted: Planted, policy: Gate, *, num_images: int) -> Check:
     left = rate(planted.left.k, planted.left.n, confidence=policy.confidence)
     found = f"Of the canary's {planted.family} stage 1 found {planted.found.k} of {planted.found.n} images"
     learned = f"the confounder follows it on {planted.learned.k} of {planted.learned.n} triggered images"
     kept = f"the deconfounded model on {left['k']} of {left['n']}, at most {percent(high_of(left))}"
     told, required = f"{found}, {learned}, {kept}", planted.family in policy.required_canaries
-    if seen(planted, policy) and removed(planted, policy):
+    if covered(planted, policy):
         result, why = "PASS", "covered"
     elif not required:
         result, why = "PASS", "not covered, and not required"
@@ -59,10 +64,10 @@ def _check_whole(canary: CanaryResult, families: list[Check], policy: Gate) -> C
     missing = [family for family in policy.required_canaries if family not in planted]
     if missing:
         return make_check("A", "canary", "INVALID", f"The canary did not hold {', '.join(missing)}, which the policy requires.")
-    covered = [name for name, family in planted.items() if seen(family, policy) and removed(family, policy)]
-    others = [f"{name} (followed on {family.left.k} of {family.left.n})" for name, family in planted.items() if name not in covered]
-    share = max((planted[name].num_poisoned for name in covered), default=0) / canary.num_images
-    sentence = f"The canary covers {', '.join(covered) or 'no family'}"
-    sentence += f", each at {percent(share)} of the data: less poison was not tried." if covered else "."
+    named = [name for name, family in planted.items() if covered(family, policy)]
+    others = [f"{name} (followed on {family.left.k} of {family.left.n})" for name, family in planted.items() if name not in named]
+    share = max((planted[name].num_poisoned for name in named), default=0) / canary.num_images
+    sentence = f"The canary covers {', '.join(named) or 'no family'}"
+    sentence += f", each at {percent(share)} of the data: less poison was not tried." if named else "."
     sentence += f" Not covered: {', '.join(others)}." if others else ""
     return make_check("A", "canary", worst(families), sentence)

@@ -58,12 +58,6 @@ def judged_by(run: Run) -> Gate:
     return spent(policy, attempt)
 
 
-def signed_check(run: Run, check: str, name: str) -> View:
-    """The check of that letter and name in the decision; empty if there is none."""
-    found = [each for each in run.decision.get("checks", []) if (each.get("check"), each.get("name")) == (check, name)]
-    return dict(found[0]) if found else {}
-
-
 @functools.cache
 def _template(name: str) -> Template:
     loader = FileSystemLoader(HERE)

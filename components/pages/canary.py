@@ -4,11 +4,11 @@ from typing import Any
 
 from cbd.config import Gate
 from cbd.errors import DataError
-from cbd.gate.canary import seen
+from cbd.gate.canary import covered
 from cbd.measurements import CanaryResult, Planted, Share, read_canary
 from cbd.rates import rate
 from components.charts import axis, interval, nice
-from components.pages import View, absent, judged_by, signed_check
+from components.pages import View, absent, judged_by
 from components.pages.text import clip, count, of, percent
 from components.summary import Run
 
@@ -28,7 +28,7 @@ def canary(run: Run) -> View:
     highs = [rate(each.left.k, each.left.n, confidence=policy.confidence)["high"] or 0.0 for each in told.families]
     top = min(1.0, nice(1.05 * max(policy.max_canary_asr, *highs)))
     rows = [_family(planted, run, policy, names if isinstance(names, list) else [], top=top) for planted in told.families]
-    sentence = signed_check(run, "A", "canary").get("sentence")
+    sentence = run.check("A", "canary").get("sentence")
     shown = {"rows": rows, "axis": axis(top), "sentence": clip(sentence, 600) if sentence else None}
     return {"trained": True} | shown | _origin(told, run)
 
@@ -41,10 +41,10 @@ def _origin(told: CanaryResult, run: Run) -> View:
 
 
 def _family(planted: Planted, run: Run, policy: Gate, names: list[Any], *, top: float) -> View:
-    check = signed_check(run, "A", f"canary: {planted.family}")
+    check = run.check("A", f"canary: {planted.family}")
     left = rate(planted.left.k, planted.left.n, confidence=policy.confidence)
     result, style = str(check.get("result", "not judged")), str(check.get("result", "none")).lower()
-    if result == "PASS" and not seen(planted, policy):
+    if result == "PASS" and not covered(planted, policy):
         result, style = "not covered", "none"
     drawn = ""
     if left["rate"] is not None and left["low"] is not None and left["high"] is not None:

@@ -13,7 +13,7 @@ from cbd.images import Refused, decode, sniff
 from cbd.rates import rate
 from cbd.scan_record import Scan, ScannedModel, Transfer, read_scan, smallest
 from components.charts import axis, interval, scatter
-from components.pages import View, absent, judged_by, signed_check
+from components.pages import View, absent, judged_by
 from components.pages.text import ABSENT, bounds, clip, count, number, of, percent
 from components.summary import Run
 
@@ -73,7 +73,7 @@ def _norms(models: dict[str, ScannedModel]) -> Any:
 
 
 def _transfer(row: Transfer, run: Run, policy: Gate, names: list[str]) -> View:
-    check = signed_check(run, "C", f"trigger from the {row.source}")
+    check = run.check("C", f"trigger from the {row.source}")
     bound, limit, result = rate(row.k, row.n, confidence=policy.confidence), check.get("threshold"), str(check.get("result", "not judged"))
     drawn: Any = ""
     if bound["rate"] is not None and bound["low"] is not None and bound["high"] is not None:
