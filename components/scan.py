@@ -29,9 +29,18 @@ class _Trusted(NamedTuple):
     """The trusted set in two parts: the inversion sees one, triggers are stamped on the other."""
 
     cal_images: Any
+    """uint8 [N, 3, S, S]"""
     cal_labels: Any
     test_images: Any
     test_labels: Any
+
+    def cal(self) -> tuple[Any, Any]:
+        """Images and labels of the first part as tensors on the best device."""
+        import torch
+
+        from cbd.training import best_device
+
+        return torch.from_numpy(self.cal_images).to(best_device()), torch.from_numpy(self.cal_labels).to(best_device())
 
 
 def scan(
@@ -80,9 +89,12 @@ def scan(
     triggers = {}
     for number, (source, bundle) in enumerate(sources.items()):
         progress("scan", number, len(sources), source)
-        found[source], triggers[source] = _scan_model(bundle, trusted, null, alpha=policy.scan_alpha, seed=seed)
+        network = _network(bundle)
+        triggers[source] = _invert(network, trusted, seed=seed)
+        found[source] = _entry(triggers[source], null, alpha=policy.scan_alpha, seed=seed)
         if source == "candidate" or found[source]["flagged"] is not None:
-            found["transfer"].append(_transfer(source, bundle, triggers[source], trusted, judges=(model, *controls), seed=seed))
+            about = {"target": smallest(found[source]["log_norms"]), "judges": (model, *controls), "seed": seed}
+            found["transfer"].append({"source": source} | _transfer(network, triggers[source], trusted, **about))
     found["seconds"] = round(time.monotonic() - started, 3)
     read_scan(found)
     with replacing(out) as temporary:
@@ -123,27 +135,34 @@ def _halves(trusted_set: Path, image_size: int) -> _Trusted:
     return _Trusted(samples.images[~test], samples.labels[~test], *stamped_on)
 
 
-def _invert(bundle: Path, trusted: _Trusted, *, seed: int) -> Any:
-    import torch
-
+def _network(bundle: Path) -> Any:
     from cbd.models import load_model
-    from cbd.scan import invert
     from cbd.training import best_device
 
-    device = best_device()
-    network = load_model(bundle)[0].to(device)
-    images, labels = torch.from_numpy(trusted.cal_images).to(device), torch.from_numpy(trusted.cal_labels).to(device)
-    return invert(network, images, labels, generator=torch.Generator().manual_seed(seed))
+    return load_model(bundle)[0].to(best_device())
 
 
-def _scan_model(bundle: Path, trusted: _Trusted, null: list[float], *, alpha: float, seed: int) -> tuple[dict[str, Any], Any]:
-    """The entry of one model, and its triggers."""
+def _invert(network: Any, trusted: _Trusted, *, seed: int) -> Any:
+    import torch
+
+    from cbd.scan import invert
+
+    return invert(network, *trusted.cal(), generator=torch.Generator().manual_seed(seed))
+
+
+def _log_norms(triggers: Any) -> list[float]:
+    """Per class; a model that calls everything one class needs no trigger for it, whose norm of 0 has no logarithm."""
+    logs: list[float] = triggers.norms.double().clamp_min(LEAST_NORM).log().tolist()
+    return logs
+
+
+def _entry(triggers: Any, null: list[float], *, alpha: float, seed: int) -> dict[str, Any]:
+    """What `scan.json` says of one model."""
     from cbd.anomaly import p_value
 
-    triggers = _invert(bundle, trusted, seed=seed)
-    log_norms = triggers.norms.double().clamp_min(LEAST_NORM).log().tolist()
+    log_norms = _log_norms(triggers)
     statistic, p, method = p_value(log_norms, null, alpha=alpha, seed=seed)
-    entry = {
+    return {
         "log_norms": log_norms,
         "success": triggers.success.double().clamp(0, 1).tolist(),
         "unreached": (triggers.success == 0).nonzero().flatten().tolist(),
@@ -152,7 +171,6 @@ def _scan_model(bundle: Path, trusted: _Trusted, null: list[float], *, alpha: fl
         "method": method,
         "flagged": smallest(log_norms) if p is not None and p <= alpha else None,
     }
-    return entry, triggers
 
 
 def _control_statistic(control: Path, trusted: _Trusted, trusted_set: Path, *, seed: int) -> float:
@@ -173,35 +191,22 @@ def _control_statistic(control: Path, trusted: _Trusted, trusted_set: Path, *, s
         about = (bundle_digest(control), read_info(trusted_set).digest, seed)
         if (known.model_digest, known.trusted_digest, known.seed) == about:
             return float(anomaly_indices(np.array(known.candidate.log_norms)).max())
-    norms = _invert(control, trusted, seed=seed).norms.double().clamp_min(LEAST_NORM)
-    return float(anomaly_indices(norms.log().cpu().numpy()).max())
+    return float(anomaly_indices(np.array(_log_norms(_invert(_network(control), trusted, seed=seed)))).max())
 
 
-def _transfer(source: str, bundle: Path, triggers: Any, trusted: _Trusted, *, judges: Sequence[Path], seed: int) -> dict[str, Any]:
-    """The smallest trigger on held-out images, on the first of `judges`, with its null: see `cbd.scan.squeeze`."""
+def _transfer(network: Any, triggers: Any, trusted: _Trusted, *, target: int, judges: Sequence[Path], seed: int) -> dict[str, Any]:
+    """The trigger of `target` on held-out images, on the first of `judges`, with its null: see `cbd.scan.squeeze`."""
     import torch
 
-    from cbd.models import load_model
     from cbd.scan import squeeze, transfers
-    from cbd.training import best_device
 
-    device = best_device()
-    images, labels = torch.from_numpy(trusted.cal_images).to(device), torch.from_numpy(trusted.cal_labels).to(device)
-    target = int(triggers.norms.argmin())
-    squeezed = squeeze(
-        load_model(bundle)[0].to(device),
-        images,
-        labels,
-        triggers=triggers,
-        budget=float(triggers.norms[target]),
-        generator=torch.Generator().manual_seed(seed),
-    )
-    candidate, *controls = [
-        transfers(load_model(judge)[0].to(device), trusted.test_images, trusted.test_labels, triggers=squeezed) for judge in judges
-    ]
+    generator = torch.Generator().manual_seed(seed)
+    squeezed = squeeze(network, *trusted.cal(), triggers=triggers, budget=float(triggers.norms[target]), generator=generator)
+    stamped_on = (trusted.test_images, trusted.test_labels)
+    candidate, *controls = [transfers(_network(judge), *stamped_on, triggers=squeezed) for judge in judges]
     compared = [*(counts for label, counts in enumerate(candidate) if label != target), *(counts[target] for counts in controls)]
     k, n = candidate[target]
-    return {"source": source, "target": target, "k": k, "n": n, "null": max((k / n for k, n in compared if n), default=0.0)}
+    return {"target": target, "k": k, "n": n, "null": max((k / n for k, n in compared if n), default=0.0)}
 
 
 def _draw(found: list[Any], path: Path) -> None:

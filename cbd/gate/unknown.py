@@ -3,7 +3,7 @@
 from cbd.config import Gate
 from cbd.gate.check import Check, low_of, make_check, not_judged, percent
 from cbd.rates import rate
-from cbd.scan_record import Scan, Transfer
+from cbd.scan_record import Scan, ScannedModel, Transfer, smallest
 
 
 def check_unknown(scan: Scan | None, policy: Gate) -> list[Check]:
@@ -27,27 +27,32 @@ def _check_size(scan: Scan, policy: Gate) -> Check:
         return make_check(
             "C", "unknown triggers", "PASS", f"{told}: what it does at equal norm decides alone.", threshold=policy.scan_alpha
         )
-    smallest = min(range(k), key=model.log_norms.__getitem__)
     how = f"rank among {scan.num_controls} controls" if model.method == "controls" else "Monte-Carlo"
-    found = f"Of the triggers inverted for {k} classes the smallest is of class {smallest}, p = {model.p_value:.2g} ({how})"
-    stands_out = model.p_value <= policy.scan_alpha
-    why = f"at most {policy.scan_alpha:g}: it stands out" if stands_out else f"over {policy.scan_alpha:g}: its size does not stand out"
+    found = (
+        f"Of the triggers inverted for {k} classes the smallest is of class {smallest(model.log_norms)}, p = {model.p_value:.2g} ({how})"
+    )
+    flagged = _stands_out(model, policy)
+    why = f"at most {policy.scan_alpha:g}: it stands out" if flagged else f"over {policy.scan_alpha:g}: its size does not stand out"
     notes = f" For {len(model.unreached)} classes no trigger was found." if model.unreached else ""
     notes += "" if scan.confounder else " The confounder was not scanned."
-    result = "REVIEW" if stands_out else "PASS"
-    check = make_check("C", "unknown triggers", result, f"{found}, {why}.{notes}", threshold=policy.scan_alpha)
+    check = make_check("C", "unknown triggers", "REVIEW" if flagged else "PASS", f"{found}, {why}.{notes}", threshold=policy.scan_alpha)
     check["value"] = model.p_value
     return check
+
+
+def _stands_out(model: ScannedModel, policy: Gate) -> bool:
+    """Whether its smallest trigger is small for this policy, which may be another one than that of the scan."""
+    return model.p_value is not None and model.p_value <= policy.scan_alpha
 
 
 def _check_transfer(row: Transfer, scan: Scan, policy: Gate) -> Check:
     bound = rate(row.k, row.n, confidence=policy.confidence)
     model = scan.candidate if row.source == "candidate" else scan.confounder
-    flagged = model is not None and model.p_value is not None and model.p_value <= policy.scan_alpha
+    flagged = model is not None and _stands_out(model, policy)
     limit = min(1.0, max(policy.block_excess_asr, row.null + policy.block_margin))
     apart = min(1.0, row.null + policy.scan_margin)
     if flagged and low_of(bound) > limit:
-        result, why, limit = ("BLOCK", "more than", limit)
+        result, why = ("BLOCK", "more than")
     elif row.source == "candidate" and low_of(bound) > apart:
         result, why, limit = ("REVIEW", "more than", apart)
     elif row.source == "candidate" and flagged:
