@@ -43,6 +43,7 @@ from components.train_deconfounded import train_deconfounded
 from pipelines.demo import TRAINING, write_demo_data
 from pipelines.local import share_cores
 from pipelines.options import load
+from pipelines.redteam import fitted
 from pipelines.redteam_table import table
 
 ATTACKS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
@@ -118,10 +119,8 @@ def _deliver(place: Path, attack: Poison | None, params: Params) -> Truth | None
     if attack is None:
         shutil.copytree(place / "dataset", place / "data")
         return None
-    if attack.attack == "sig" or attack.source_label is not None:  # of one class at most half can be poisoned
-        count = read_info(place / "dataset").class_counts[attack.source_label or attack.target_label]
-        attack = attack.model_copy(update={"poison_rate": count // 2 / read_info(place / "dataset").num_images})
-    poison(place / "dataset", place / "data", truth=place / "known", params=attack, seed=params.seed)
+    fitting = fitted(attack, read_info(place / "dataset"))
+    poison(place / "dataset", place / "data", truth=place / "known", params=fitting, seed=params.seed)
     return read_truth(place / "known")
 
 

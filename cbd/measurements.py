@@ -4,6 +4,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cbd.config import Family
 from cbd.control import MIN_CONTROLS
 from cbd.errors import DataError
 
@@ -117,7 +118,7 @@ class Controls(Measured):
 class Planted(Measured):
     """One trigger family of the canary."""
 
-    family: Literal["patch", "blend", "sinusoid", "warp"]
+    family: Family
     attack: str
     trigger: dict[str, Any]
     target: int = Field(ge=0)

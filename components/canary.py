@@ -46,16 +46,15 @@ def canary(dataset: Path, trusted_set: Path, out: Path, *, params: Params, works
     about |= {"class_names": info.class_names, "trial": info.trial, "code": code_digest()}
     key = hashlib.sha256(canonical_json(about)).hexdigest()
     kept = None if info.trial else _young_enough(workspace, key, every=params.canary.every)
-    content: bytes = b""
-    if params.canary.every and kept is None:
-        found = {"schema_version": 1, "run_id": run_id, "config_sha256": key, "data_digest": info.digest}
-        content = canonical_json(found | _train(dataset, trusted_set, params=params, workspace=workspace))
-        kept = _keep(workspace, content, {"config_sha256": key, "data_digest": info.digest, "run_id": run_id})
+    reused = kept is not None
+    if params.canary.every and not reused:
+        named = {"config_sha256": key, "data_digest": info.digest, "run_id": run_id}
+        kept = _keep(workspace, named, _train(dataset, trusted_set, params=params, workspace=workspace))
     with replacing(out) as temporary:
         temporary.mkdir()
         if kept is not None:
             (temporary / CANARY).write_bytes(kept.read_bytes())
-    return {"reused": bool(kept and not content), "canary_sha256": sha256_file(kept) if kept else None}
+    return {"reused": reused, "canary_sha256": sha256_file(kept) if kept else None}
 
 
 def logged(workspace: Path, sha256: str) -> bool:
@@ -77,12 +76,14 @@ def _young_enough(workspace: Path, key: str, *, every: int) -> Path | None:
     return kept if last and age < every and kept.is_file() and sha256_file(kept) == last else None
 
 
-def _keep(workspace: Path, content: bytes, about: dict[str, Any]) -> Path:
+def _keep(workspace: Path, named: dict[str, Any], measured: dict[str, Any]) -> Path:
+    """The file with the result, which the log names from now on."""
+    content = canonical_json({"schema_version": 1, **named, **measured})
     digest = hashlib.sha256(content).hexdigest()
     kept = workspace / KEPT / f"{digest}.json"
     with replacing(kept) as temporary:
         temporary.write_bytes(content)
-    append(workspace / LOG, "canary", {"sha256": digest, **about}, key=ensure_key(workspace))
+    append(workspace / LOG, "canary", {"sha256": digest, **named}, key=ensure_key(workspace))
     return kept
 
 

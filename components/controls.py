@@ -1,6 +1,5 @@
 """Clean controls: harmless models that are trained once, kept in the data registry, and compared with candidates of their configuration."""
 
-import functools
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,19 +62,11 @@ def build(trusted_set: Path, data: Path | None, *, params: Params, count: int, w
 
 def take_in_honest(uri: str, out: Path, params: Ingest) -> DatasetInfo:
     """The data set that this writes to `out`: the usable images of a delivery that comes from somebody trusted, equal pixels once."""
-    from components.delivery import read_delivery
-    from components.ingest import TRUSTED_SOURCE, classes_of
-    from components.intake import take_in
+    from components.ingest import TRUSTED_SOURCE, classes_of, staged
 
-    note = functools.partial(progress, "ingest", note="trusted set")
     with tempfile.TemporaryDirectory() as folder:
-        with read_delivery(uri, name="trusted set", limits=params, limit=0) as delivery:
-            intake = take_in(
-                delivery, folder=Path(folder), prefix="trusted-", source=TRUSTED_SOURCE, limits=params, told=note, earlier=None
-            )
-        if not intake.usable:
-            raise DataError(f"trusted set {uri!r}: none of {intake.delivered} files is usable; deliver images in class folders or Parquet")
-        class_names = classes_of(intake, delivery.class_names, uri)
+        intake, named = staged(uri, "trusted set", params, folder=Path(folder), source=TRUSTED_SOURCE)
+        class_names = classes_of(intake, named, uri)
         return write_dataset(out, intake.accepted(class_names, intake.kept()), class_names=class_names, supplier=TRUSTED_SOURCE)
 
 

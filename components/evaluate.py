@@ -254,7 +254,7 @@ def evaluate_run(paths: dict[str, Path], out: Path, *, policy: dict[str, Any], s
     with tempfile.TemporaryDirectory() as folder:
         about = {name: paths[name] for name in ("model", "confounder", "trusted_set")}
         found = find_controls(Path(workspace), Path(folder), **about, min_images=checked.min_images)
-        beside = (undefended, champion, read_truth(paths["truth"]), found.bundles)
-        compared = Compared(paths["confounder"], paths["evidence"], paths["dataset"], *beside)
+        given = {name: paths[name] for name in ("confounder", "evidence", "dataset")}
+        compared = Compared(**given, undefended=undefended, champion=champion, truth=read_truth(paths["truth"]), controls=found.bundles)
         outputs = evaluate(paths["model"], paths["trusted_set"], out, policy=checked, compared=compared, seed=seed)
     return outputs | {"controls": {"used": len(found.bundles), "unused": found.unused}}

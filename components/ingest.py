@@ -85,15 +85,15 @@ def ingest(data: str, trusted: str, *, outputs: IngestPaths, params: Ingest, opt
     with contextlib.ExitStack() as stack:
         places = IngestPaths(*(stack.enter_context(replacing(path)) for path in outputs))
         places.quarantine.mkdir()
-        clean = _take_in(trusted, "trusted set", params, folder=places.quarantine, source=TRUSTED_SOURCE)
+        clean = staged(trusted, "trusted set", params, folder=places.quarantine, source=TRUSTED_SOURCE)
         class_names = classes_of(clean[0], clean[1], trusted)
         model = registered_name(options.name, class_names)
         earlier = _earlier(options, model, class_names, places.quarantine / "accepted")
         folder, limit = places.quarantine, options.limit
-        intake, _ = _take_in(data, "delivery", params, folder=folder, source=supplier, limit=limit, earlier=earlier)
+        intake, _ = staged(data, "delivery", params, folder=folder, source=supplier, limit=limit, earlier=earlier)
         _check_delivery(intake, earlier, class_names, data, params)
         keep, removed = _without_copies(clean[0], {*intake.digests, *earlier.labels}, params)
-        keep = _evenly(clean[0], keep, params.trusted_images)
+        keep = clean[0].evenly(keep, params.trusted_images)
         write = functools.partial(write_dataset, class_names=class_names, shard_images=params.shard_images)
         trusted_info = write(places.trusted_set, clean[0].accepted(class_names, keep), supplier=TRUSTED_SOURCE)
         rows = itertools.chain(earlier.batches(), intake.accepted(class_names, intake.kept()))
@@ -136,7 +136,7 @@ def _suppliers(earlier: Earlier, supplier: str, intake: Intake) -> str:
     return ", ".join(sorted({*known, *intake.suppliers(supplier)}))
 
 
-def _take_in(
+def staged(
     uri: str, name: str, params: Ingest, *, folder: Path, source: str, limit: int = 0, earlier: Earlier | None = None
 ) -> tuple[Intake, tuple[str, ...] | None]:
     """The staged delivery and the class names in its metadata."""
@@ -200,18 +200,6 @@ def _without_copies(clean: Intake, delivered: set[bytes], params: Ingest) -> tup
             f"{params.max_trusted_overlap:.1%}; hold apart images that the supplier has never had"
         )
     return kept & ~copies, removed
-
-
-def _evenly(clean: Intake, keep: npt.NDArray[np.bool_], num_images: int) -> npt.NDArray[np.bool_]:
-    """The first so many of the images to keep, taking turns among the classes; all of them where 0 or more than there are is asked."""
-    labels, kept = np.asarray(clean.labels), np.flatnonzero(keep)
-    turn = np.zeros(len(kept), np.int64)
-    for label in np.unique(labels[kept]):
-        turn[labels[kept] == label] = np.arange((labels[kept] == label).sum())
-    chosen = kept[np.lexsort((kept, turn))][: num_images or None]
-    few = np.zeros(len(keep), bool)
-    few[chosen] = True
-    return few
 
 
 def _write_truth(places: IngestPaths, info: DatasetInfo, options: IngestOptions) -> DatasetInfo:

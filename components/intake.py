@@ -83,6 +83,16 @@ class Intake:
         kept[[*self.duplicate_of, *self.known, *self.refused]] = False
         return kept
 
+    def evenly(self, keep: npt.NDArray[np.bool_], num_images: int) -> npt.NDArray[np.bool_]:
+        """The first so many of the images to keep, taking turns among the classes; all of them where 0 or more than there are is asked."""
+        labels, kept = np.asarray(self.labels), np.flatnonzero(keep)
+        turn = np.zeros(len(kept), np.int64)
+        for label in np.unique(labels[kept]):
+            turn[labels[kept] == label] = np.arange((labels[kept] == label).sum())
+        few = np.zeros(len(keep), bool)
+        few[kept[np.lexsort((kept, turn))][: num_images or None]] = True
+        return few
+
     def counts(self) -> dict[str, int]:
         """Accepted images by class name, for every class that was delivered."""
         accepted = Counter(self.label_names[label] for label, kept in zip(self.labels, self.kept(), strict=True) if kept)

@@ -45,7 +45,7 @@ class Trial:
     def poisons(self, info: DatasetInfo) -> list[Poison]:
         """The section `poison` of each supplier, with a rate that the attack can have on this data set."""
         changes = VARIANTS.get(self.attack, ({"attack": self.attack},)) if self.attack else ()
-        return [_fitted(Poison(**{**self.params.poison.model_dump(), **change}), info) for change in changes]
+        return [fitted(Poison(**{**self.params.poison.model_dump(), **change}), info) for change in changes]
 
 
 def redteam(
@@ -106,7 +106,7 @@ def redteam(
     return rows
 
 
-def _fitted(poison: Poison, info: DatasetInfo) -> Poison:
+def fitted(poison: Poison, info: DatasetInfo) -> Poison:
     """The section with the poison rate that an attack on a single class can have on this data set."""
     from cbd.attacks import attack_class
 

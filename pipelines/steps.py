@@ -175,15 +175,8 @@ def gate(places: dict[str, Path], params: Params) -> dict[str, Any]:
     """What the decision says that this writes, signed with the workspace's key, to `places["out"]`."""
     from components.decide import Subject, decide
 
-    subject = Subject(
-        places["data"],
-        places["trusted"],
-        places["validation"],
-        places["evaluation"],
-        places["model"],
-        places.get("canary"),
-        places.get("scan"),
-    )
+    measured = {name: places[name] for name in ("validation", "evaluation", "model", "canary", "scan")}
+    subject = Subject(places["data"], places["trusted"], **measured)
     return decide(subject, places["out"], policy=params.gate, workspace=places["workspace"], run_id=f"by-hand-{places['out'].name}")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from command import cbd
 
 from cbd.images import encode_png
 from pipelines import cli
@@ -26,13 +27,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "delivery").mkdir()
     (tmp_path / "trusted").mkdir()
     return tmp_path
-
-
-def cbd(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
-    told = capsys.readouterr()
-    return int(ended.value.code or 0), told.out, told.err
 
 
 def test_help_comes_in_half_a_second() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import cbd
 from decided_case import POLICY, Case, change_json, make_case, record, swap
 
 from cbd.audit import verify_log
@@ -18,7 +19,6 @@ from components.decision import read_decision
 from components.register import register
 from components.summary import alarms, read_run
 from components.tracking import registered_name
-from pipelines import cli
 
 Make = Callable[..., dict[str, Any]]
 LAX = "gate: {min_clean_accuracy: 0.9, max_excess_asr: 0.2}\n"
@@ -37,13 +37,6 @@ def case(tmp_path: Path, make_evaluation: Make, monkeypatch: pytest.MonkeyPatch)
     assert case.decide()["verdict"] == "REVIEW"
     record(case)
     return case
-
-
-def cbd(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
-    told = capsys.readouterr()
-    return int(ended.value.code or 0), told.out, told.err
 
 
 def rejudge(capsys: pytest.CaptureFixture[str], policy: str = "lax.yaml", run: str = "run-1") -> tuple[int, dict[str, Any]]:

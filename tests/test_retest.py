@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command import cbd
 from decided_case import CLASSES, Case, change_json, make_case, record, swap
 
 from cbd import scan as inversion
@@ -28,7 +29,6 @@ from components.rollback import rollback
 from components.tracking import champion_bundle, fetch_model, find_aliases, registered_name
 from components.tracking_store import client
 from components.version import version_trusted_set
-from pipelines import cli
 
 Make = Callable[..., dict[str, Any]]
 NAME = registered_name("model", CLASSES)
@@ -137,12 +137,9 @@ def again(workspace: Path, policy: Gate = POLICY, *, demote: bool = False) -> li
     return retest(workspace, policy=policy, seed=0, demote=demote)
 
 
-def cbd(workspace: Path, capsys: pytest.CaptureFixture[str], policy: Gate, *arguments: str) -> tuple[int, str, str]:
+def retested(workspace: Path, capsys: pytest.CaptureFixture[str], policy: Gate, *arguments: str) -> tuple[int, str, str]:
     (workspace / "params.yaml").write_text(json.dumps({"gate": policy.model_dump(mode="json")}))
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["retest", "--workspace", str(workspace), "--params", str(workspace / "params.yaml"), *arguments])
-    told = capsys.readouterr()
-    return int(ended.value.code or 0), told.out, told.err
+    return cbd(capsys, "retest", "--workspace", str(workspace), "--params", str(workspace / "params.yaml"), *arguments)
 
 
 def test_a_good_model_still_passes_and_the_log_says_so_with_digests(workspace: Path, promote: Callable[..., Case]) -> None:
@@ -165,10 +162,10 @@ def test_a_backdoor_that_was_not_seen_then_is_a_block_now_and_the_champion_is_de
     workspace: Path, promote: Callable[..., Case], capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad = promote(number=1), promote("backdoored", number=2)
-    code, out, _ = cbd(workspace, capsys, POLICY)
+    code, out, _ = retested(workspace, capsys, POLICY)
     assert code == 11 and out.splitlines()[-1] == "next: cbd retest --demote" and "white-top-left" in out
     assert find_aliases(workspace) == {(NAME, "champion"): "2"}, "nothing moves unasked"
-    code, out, _ = cbd(workspace, capsys, POLICY, "--demote", "--json")
+    code, out, _ = retested(workspace, capsys, POLICY, "--demote", "--json")
     (row,) = json.loads(out.splitlines()[-1])["models"]
     assert code == 11 and (row["verdict_then"], row["verdict"], row["demoted"]) == ("PASS", "BLOCK", True)
     entry = verify_log(workspace / LOG)[-1]
@@ -179,7 +176,7 @@ def test_a_backdoor_that_was_not_seen_then_is_a_block_now_and_the_champion_is_de
     with pytest.raises(DataError, match="it was demoted: BLOCK"):
         rollback("model", workspace, to="2", reason="no", by="me")
     assert rollback("model", workspace, to=None, reason="yes", by="me")["version"] == "1"
-    code, out, _ = cbd(workspace, capsys, POLICY)
+    code, out, _ = retested(workspace, capsys, POLICY)
     assert code == 0, out
 
 
@@ -188,7 +185,7 @@ def test_a_stricter_policy_makes_a_champion_fail_but_not_a_candidate(
 ) -> None:
     promote(number=1)
     promote(number=2, name="other", turned=DOUBTFUL)
-    code, out, _ = cbd(workspace, capsys, STRICT, "--demote", "--json")
+    code, out, _ = retested(workspace, capsys, STRICT, "--demote", "--json")
     rows = {row["alias"]: row for row in json.loads(out.splitlines()[-1])["models"]}
     assert code == 10 and {alias: row["verdict"] for alias, row in rows.items()} == {"champion": "REVIEW", "candidate": "REVIEW"}
     assert rows["champion"]["demoted"] and not rows["candidate"]["demoted"] and rows["candidate"]["passes"]
@@ -230,7 +227,7 @@ def test_what_cannot_be_judged_does_not_pass_but_keeps_its_alias(
 ) -> None:
     promote()
     (workspace / "remote").rename(workspace / "elsewhere")
-    code, out, _ = cbd(workspace, capsys, POLICY, "--demote", "--json")
+    code, out, _ = retested(workspace, capsys, POLICY, "--demote", "--json")
     (row,) = json.loads(out.splitlines()[-1])["models"]
     assert code == 10 and row["verdict"] is None and row["sentence"].startswith("Not judged: ") and not row["demoted"]
     (workspace / "registry").rename(workspace / "away")
@@ -259,5 +256,5 @@ def test_what_rests_on_the_training_is_taken_from_the_signed_decision_alone(work
 
 
 def test_a_workspace_without_models_is_no_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = cbd(tmp_path, capsys, POLICY)
+    code, out, err = retested(tmp_path, capsys, POLICY)
     assert (code, out) == (2, "") and "no model was ever registered here" in err

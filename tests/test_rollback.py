@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import cbd
 from decided_case import Case, make_case
 
 from cbd.audit import LOG, append, ensure_key, verify_log
@@ -18,7 +19,6 @@ from components.register import register
 from components.rollback import rollback
 from components.tracking import champion_bundle, drop_alias, fetch_model, find_aliases, registered_name
 from components.tracking_store import client
-from pipelines import cli
 
 Make = Callable[..., dict[str, Any]]
 CLASSES = ["ant", "bee", "cat", "dog"]
@@ -246,19 +246,16 @@ def test_a_bare_name_must_be_unambiguous(workspace: Path, make_evaluation: Make,
 
 
 def test_the_command_tells_what_moved_and_what_next(workspace: Path, two: tuple[Case, Case], capsys: pytest.CaptureFixture[str]) -> None:
-    def cbd(*more: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["rollback", "model", "--workspace", str(workspace), *more])
-        told = capsys.readouterr()
-        return int(ended.value.code or 0), told.out, told.err
+    def told(*more: str) -> tuple[int, str, str]:
+        return cbd(capsys, "rollback", "model", "--workspace", str(workspace), *more)
 
-    assert cbd()[0] == 2
+    assert told()[0] == 2
     with pytest.raises(ConfigError, match="--reason"):
         rollback("model", workspace, to=None, reason=" ", by="me")
-    code, out, _ = cbd("--reason", "sl\x1bow")
+    code, out, _ = told("--reason", "sl\x1bow")
     assert code == 0 and out.splitlines()[-1] == f"next: cbd predict models:/{NAME}@champion --data IMAGES --out predictions.parquet"
     assert "version: 1" in out and "\x1b" not in out
-    code, out, _ = cbd("--reason", "slow", "--to", "1", "--json")
+    code, out, _ = told("--reason", "slow", "--to", "1", "--json")
     assert code == 0 and json.loads(out)["moved"] is False
-    code, _, err = cbd("--reason", "slow", "--to", "9")
+    code, _, err = told("--reason", "slow", "--to", "9")
     assert code == 2 and err.count("\n") == 1 and "no such model" in err
