@@ -1,12 +1,14 @@
 """How often the gate is wrong: backdoored and harmless models, each judged by what it does. Resumes where it was stopped.
 
-    python benchmarks/gate_errors.py --trials 30 --json
+    python benchmarks/gate_errors.py --json
+    python benchmarks/gate_errors.py --data CIFAR10 --limit 5000 --first-trial 100 --trials 3
 
-A trial is one delivery of scanned digits, split and poisoned by the trial's number: every second one is honest, the others carry one of
-`ATTACKS` in turn. Stage 1 is trained once; upon it a deconfounded model, a plain one, and a `blind` one: the deconfounded training with
-every weight 1. The gate judges each model by checks B (known triggers), C (unknown triggers), D (suspects) and E (utility) alone: canary,
-separation and preset are hidden. A model counts as backdoored if its attack turns at least 20 % of the images (lower bound), as harmless
-if at most 5 % (upper bound); between the two it is told apart. Rows and checks go to OUT; what is trained is removed once it was judged.
+A trial is one delivery, split (digits) and poisoned by the trial's number: every third one is honest, the others carry one of `ATTACKS` in
+turn. The data are scanned digits, or the first images of a folder with `train.parquet` and `test.parquet`. Stage 1 is trained once; upon it
+a deconfounded model, a plain one, and a `blind` one: the deconfounded training with every weight 1. The gate judges each model by checks B
+(known triggers), C (unknown triggers), D (suspects) and E (utility) alone: canary, separation and preset are hidden. A model counts as
+backdoored if its attack turns at least 20 % of the images (lower bound), as harmless if at most 5 % (upper bound); between the two it is
+told apart. Rows and checks go to OUT; what is trained is removed once it was judged.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,27 +66,55 @@ ATTACKS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
 )
 """Name, whether its trigger is in the battery, and what it changes in the section `poison`."""
 MODELS = ("cbd", "none", "blind")
+DIGITS = "digits"
 HIDDEN = ("A", "separation")
 """Checks that tell how a model was trained."""
 SHOWN = ("kind", "trigger", "models", "PASS", "REVIEW", "BLOCK", "other", "bound")
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One delivery, upon which each of `MODELS` is trained."""
+
+    number: int
+    place: Path
+    """Folder of all that is made."""
+    source: Path | None
+    """Folder with `train.parquet` and `test.parquet`; None for digits."""
+    limit: int
+
+    @property
+    def attack(self) -> tuple[str, bool, dict[str, Any]]:
+        """One of `ATTACKS`, or none."""
+        round_, turn = divmod(self.number, 3)
+        return ("honest", False, {}) if turn == 0 else ATTACKS[(2 * round_ + turn - 1) % len(ATTACKS)]
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Changes of the parameters for this data."""
+        return {} if self.source else TRAINING
+
+
 def main() -> int:
     """0, or the exit code of the mistake that is told."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=60, help="how many")
+    parser.add_argument("--trials", type=int, default=48, help="how many")
     parser.add_argument("--first-trial", type=int, default=0)
+    parser.add_argument("--data", type=Path, help="folder with train.parquet and test.parquet, for pictures in place of digits")
+    parser.add_argument("--limit", type=int, default=0, help="with --data: only the first so many training images")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gate-errors.json", help="JSON file of rows")
     parser.add_argument("--work", type=Path, default=Path("gate-errors"), help="folder of what is trained")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     arguments = parser.parse_args()
     share_cores()
     rows = json.loads(arguments.out.read_text()) if arguments.out.is_file() else []
-    done = {row["trial"] for row in rows}
+    data = arguments.data.name if arguments.data else DIGITS
+    done = {row["trial"] for row in rows if row["data"] == data}
     try:
         for number in range(arguments.first_trial, arguments.first_trial + arguments.trials):
             if number not in done:
-                rows += run_trial(number, arguments.work / str(number))
+                trial = Trial(number, arguments.work / f"{data}-{number}", arguments.data, arguments.limit)
+                rows += [about() | {"data": data} | row for row in run_trial(trial)]
                 write_json(arguments.out, rows)
     except CbdError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -95,27 +126,33 @@ def main() -> int:
     return 0
 
 
-def run_trial(number: int, place: Path) -> list[dict[str, Any]]:
+def run_trial(trial: Trial) -> list[dict[str, Any]]:
     """One row per model of the trial."""
-    name, known, changes = ("honest", False, {}) if number % 2 == 0 else ATTACKS[number // 2 % len(ATTACKS)]
-    params = load(params_path=None, preset=None, seed=number, **TRAINING)
-    truth = _deliver(place, Poison(**changes) if changes else None, params)
+    place, (name, known, changes) = trial.place, trial.attack
+    params = load(params_path=None, preset=None, seed=trial.number, **trial.training)
+    truth = _deliver(trial, Poison(**changes) if changes else None, params)
     rows = []
-    for model, seconds in _train(place, params):
+    for model, seconds in _train(trial, params):
         judged = _judge(place, model, params)
         excess = _excess(place / model, place / "trusted_set", truth) if truth else None
-        row = about() | {"trial": number, "attack": name, "in_battery": known, "model": model, "kind": _kind(excess), "excess": excess}
+        row = {"trial": trial.number, "attack": name, "in_battery": known, "model": model, "kind": _kind(excess), "excess": excess}
         rows.append(row | judged | {"training_seconds": round(seconds, 1)})
-        print(f"[{number}] {name} {model}: {row['kind']}, {judged['verdict']} in {judged['gate_seconds']} s", flush=True)
+        print(f"[{trial.number}] {name} {model}: {row['kind']}, {judged['verdict']} in {judged['gate_seconds']} s", flush=True)
     shutil.rmtree(place)
     return rows
 
 
-def _deliver(place: Path, attack: Poison | None, params: Params) -> Truth | None:
+def _deliver(trial: Trial, attack: Poison | None, params: Params) -> Truth | None:
     """Writes the folders `data` and `trusted_set`."""
-    made = write_demo_data(place / "made", poisoned=False, seed=1000 + params.seed)
+    place = trial.place
+    if trial.source:
+        delivery, trusted = trial.source / "train.parquet", trial.source / "test.parquet"
+    else:
+        made = write_demo_data(place / "made", poisoned=False, seed=1000 + params.seed)
+        delivery, trusted = made.delivery, made.trusted
     paths = IngestPaths(*(place / name for name in IngestPaths._fields))
-    ingest(str(made.delivery), str(made.trusted), outputs=paths, params=params.ingest, options=IngestOptions(supplier="acme"))
+    options = IngestOptions(supplier="acme", limit=trial.limit)
+    ingest(str(delivery), str(trusted), outputs=paths, params=params.ingest, options=options)
     if attack is None:
         shutil.copytree(place / "dataset", place / "data")
         return None
@@ -124,12 +161,12 @@ def _deliver(place: Path, attack: Poison | None, params: Params) -> Truth | None
     return read_truth(place / "known")
 
 
-def _train(place: Path, params: Params) -> Iterator[tuple[str, float]]:
+def _train(trial: Trial, params: Params) -> Iterator[tuple[str, float]]:
     """Trains stage 1 and, one after the other, each of `MODELS`; gives its name and the seconds that both stages took."""
-    started = time.monotonic()
+    place, started = trial.place, time.monotonic()
     train_confounder(place / "data", place / "confounder", params=params, checkpoints=place / "checkpoints")
     first = time.monotonic() - started
-    plain = load(params_path=None, preset="none", seed=params.seed, **TRAINING)
+    plain = load(params_path=None, preset="none", seed=params.seed, **trial.training)
     blind = params.model_copy(update={"deconfounded": params.deconfounded.model_copy(update={"weight": "none"})})
     for name, chosen in zip(MODELS, (params, plain, blind), strict=True):
         started = time.monotonic()

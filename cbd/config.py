@@ -99,6 +99,8 @@ class Confounder(Section):
     """Go on past `steps`, up to `max_epochs`, while an epoch still lowers the loss by an eighth."""
     average: bool = True
     """A sample's loss is the mean over the whole training; else the loss at its end."""
+    recalibrate: bool = True
+    """Batch norm's averages are taken anew at the end, over the stored images; else the running ones."""
     pilot: bool = True
     """Also train the pilot, the view that does not see the trigger, without which nothing can be called separated."""
     pilot_learning_rate: float = Field(default=0.05, gt=0)

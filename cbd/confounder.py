@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from cbd.config import Confounder as Settings
 from cbd.config import Params
 from cbd.models import Network, make_model
-from cbd.training import OnEpoch, Session, augment, autocast, batches, make_sgd, mean_measures, sample_losses
+from cbd.training import OnEpoch, Session, augment, autocast, batches, make_sgd, mean_measures, recalibrate, sample_losses
 
 LEARNING = 0.88
 """Ratio of the mean losses of two epochs below which the training goes on."""
@@ -36,7 +36,9 @@ def train_confounder(
 
     With `until_slow` it goes on past the budget, up to `max_epochs`, while it learns fast: no trigger is learned much before the classes.
 
-    A loss at one moment jumps (step size, batch-norm statistics); the mean over moments ranks poisoned samples far better. The moments
+    With `recalibrate` batch norm's averages are those of the last weights; the running ones hide much of what has been learned.
+
+    A loss at one moment jumps with every step; the mean over moments ranks poisoned samples far better. The moments
     are those at which a sample is trained on anyway, so they cost nothing; one last pass gives every sample its say.
 
     Args:
@@ -68,6 +70,8 @@ def train_confounder(
             measured.append((losses.mean(), accuracy))
         session.finish_epoch(checkpoint, key=key, measures={"step": float(min(steps, first + steps_per_epoch)), **mean_measures(measured)})
         on_epoch(session.epoch, max(session.epoch, -(-steps // steps_per_epoch)), session.history[-1])
+    if settings.recalibrate:
+        recalibrate(model, images, generator=generator)
     final = _log(sample_losses(model, images, labels))
     mean = (session.tables["log_losses"] + final) / (session.tables["passes"] + 1) if settings.average else final
     return Confounder(model.eval(), mean.exp().cpu(), final.exp().cpu(), int(session.history[-1]["step"]), session.history)

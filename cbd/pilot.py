@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cbd.config import Params
 from cbd.evidence import reversal
-from cbd.models import Network, make_model
-from cbd.training import OnEpoch, Session, augment, autocast, batches, make_sgd, mean_measures
+from cbd.models import make_model
+from cbd.training import OnEpoch, Session, augment, autocast, batches, make_sgd, mean_measures, predict, recalibrate
 
 RISE, FALL = 0.5, 0.1
 """How far the running preference follows a new look upwards and downwards: what was suspect once is let back in slowly."""
@@ -148,7 +148,8 @@ def train_pilot(
         reached = {"step": float(min(steps, first + steps_per_epoch)), "evidence": evidence_so_far(losses, session.tables["preference"])}
         session.finish_epoch(checkpoint, key=key, measures={**reached, **mean_measures(measured)})
         on_epoch(session.epoch, epochs, session.history[-1])
-    logits = _logits_by_batch_statistics(model, images, num_classes, generator=generator)
+    recalibrate(model, images, generator=generator)
+    logits = predict(model, images)
     seen = preference(logits, labels)
     return Pilot(remember(session.tables["preference"], seen).cpu(), logits.cpu(), counts.cpu(), session.history)
 
@@ -156,19 +157,3 @@ def train_pilot(
 def evidence_so_far(losses: Tensor, preferences: Tensor) -> float:
     """-log10 of the p-value of the reversal with the preferences as they stand: 0 is none; when it rises no more, the pilot is ready."""
     return -reversal(losses.cpu().double().numpy(), preferences.cpu().double().numpy()).log10_p_value
-
-
-@torch.no_grad()
-def _logits_by_batch_statistics(model: Network, images: Tensor, num_classes: int, *, generator: torch.Generator) -> Tensor:
-    """Logits [N, K] with each random batch normalised by itself: a young network's running statistics lag too far behind to be used."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    logits = torch.empty(len(images), num_classes, device=images.device)
-    with autocast(images.device):
-        for chosen in torch.randperm(len(images), generator=generator).tensor_split(-(-len(images) // 512)):
-            logits[chosen] = model(images[chosen])[0].float()
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return logits

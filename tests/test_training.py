@@ -19,7 +19,7 @@ from cbd.evidence import isolation_weights, separate
 from cbd.models import make_model
 from cbd.pattern import find_patterns
 from cbd.pilot import coarse_views, preference, suspicion, train_pilot
-from cbd.training import augment, predict
+from cbd.training import augment, predict, recalibrate
 
 pytestmark = pytest.mark.usefixtures("torch_one_thread")
 
@@ -143,6 +143,39 @@ def test_noise_is_that_of_its_own_setting_whether_or_not_something_separated(tmp
     other = "noise_unseparated" if separated else "noise"
     assert torch.equal(heads["nothing"], heads[other])
     assert not torch.equal(heads["nothing"], heads[setting])
+
+
+def test_recalibrated_averages_are_those_of_all_images_and_nothing_else_changes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = make_model("wrn-16-1", num_classes=3, image_size=16, generator=generator).train()
+    images = torch.randint(256, (40, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    with torch.no_grad():
+        model(images[:4])  # so young a network's running averages are mostly what they were born with
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    norm = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    seen = []
+    hook = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
+    recalibrate(model, images, generator=generator, batch_size=20)
+    hook.remove()
+    means = torch.stack([batch.mean((0, 2, 3)) for batch in seen])
+    assert [len(batch) for batch in seen] == [20, 20] and model.training and norm.momentum == 0.1
+    assert torch.allclose(norm.running_mean, means.mean(0), atol=1e-5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.named_parameters())
+
+
+def test_a_confounder_is_recalibrated_unless_told_not_to(tmp_path: Path) -> None:
+    images, labels = bars(96, 0)
+    told = {}
+    for recalibrated in (True, False):
+        settings = params().confounder.model_copy(update={"recalibrate": recalibrated})
+        chosen = params().model_copy(update={"confounder": settings})
+        place = tmp_path / str(recalibrated)
+        told[recalibrated] = train_confounder(images, labels, num_classes=4, params=chosen, checkpoint=place, on_epoch=quiet)
+    changed = {
+        name for name, tensor in told[True].model.state_dict().items() if not torch.equal(tensor, told[False].model.state_dict()[name])
+    }
+    assert changed and all(name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked") for name in changed)
+    assert not torch.equal(told[True].final_losses, told[False].final_losses)
 
 
 def test_the_learning_rate_follows_both_schedules() -> None:
