@@ -8,8 +8,9 @@ import re
 from typing import NamedTuple
 
 DELIVERY, TRUSTED, POISONED, CANARY, CONTROL = "delivery", "trusted set", "poisoned copy", "canary", "clean control"
-FOLDERS = {DELIVERY: "datasets", TRUSTED: "trusted", POISONED: "poisoned", CANARY: "canaries", CONTROL: "controls"}
-_PREFIXES = {"trusted/": TRUSTED, "poison@": POISONED, "canary/": CANARY, "control/": CONTROL}
+SUSPECTS = "list of suspects"
+FOLDERS = {DELIVERY: "datasets", TRUSTED: "trusted", POISONED: "poisoned", CANARY: "canaries", CONTROL: "controls", SUSPECTS: "suspects"}
+_PREFIXES = {"trusted/": TRUSTED, "poison@": POISONED, "canary/": CANARY, "control/": CONTROL, "suspects/": SUSPECTS}
 
 
 class Place(NamedTuple):
@@ -46,6 +47,11 @@ def of_control(digest: str, date: str) -> Place:
     return Place(f"{FOLDERS[CONTROL]}/{digest[:12]}", f"control/{date}")
 
 
+def of_suspects(date: str) -> Place:
+    """The place of lists of suspects, one for each run that has any."""
+    return Place(f"{FOLDERS[SUSPECTS]}/list", f"suspects/{date}")
+
+
 def kind_of(tag: str) -> str:
     """What lies under a tag."""
     return next((kind for prefix, kind in _PREFIXES.items() if tag.startswith(prefix)), DELIVERY)
@@ -56,7 +62,7 @@ def path_of(tag: str) -> str | None:
     kind, parts = kind_of(tag), tag.split("/")
     if len(parts) != 3:
         return None
-    name = {DELIVERY: parts[1], POISONED: parts[0].partition("@")[2], CONTROL: parts[2]}.get(kind, "set")
+    name = {DELIVERY: parts[1], POISONED: parts[0].partition("@")[2], CONTROL: parts[2]}.get(kind, "list" if kind == SUSPECTS else "set")
     return f"{FOLDERS[kind]}/{name}"
 
 

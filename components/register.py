@@ -13,6 +13,8 @@ from components.decision import SignedDecision, read_decision
 from components.records import kfp_component, step
 from components.standing import holder, read_moves, withdrawn
 from components.tracking import check_reachable, find_version, log_run, register_bundle, registered_name, set_alias
+from components.train_deconfounded import EVIDENCE
+from components.version import version_suspects
 
 BRANCHES = {"PASS": "promote", "REVIEW": "hold"}
 """Which branch of the pipeline a verdict demands; every other verdict demands `record`."""
@@ -136,3 +138,5 @@ def register_recorded(
         checks = {check["name"]: check["value"] for check in content["checks"] if check["value"] is not None}
         tags = {"cbd.verdict": content["verdict"], "cbd.revision": revision, "cbd.data_digest": content["digests"]["data"]}
         log_run(place, run_id, metrics=checks, tags=tags, artifacts=[decision, evidence])
+        listed = {"data_digest": content["digests"]["data"], "model_digest": content["digests"]["model"], "run_id": run_id}
+        outputs["suspects_tag"] = version_suspects(evidence / EVIDENCE, workspace=workspace, **listed)["tag"]

@@ -1,6 +1,6 @@
-"""The data registry: versions of data sets, and of models of honest data, in a git repository; their files lie in a remote.
+"""The data registry: versions of data sets, models of honest data and lists of suspects in a git repository; their files lie in a remote.
 
-Their description (`dataset.json`, `model.json`), committed beside each pointer to files, holds the SHA-256 of these.
+Their description (`dataset.json`, `model.json`, `suspects.json`), committed beside each pointer to files, holds the SHA-256 of these.
 
 By default both lie in the workspace. `CBD_REGISTRY_GIT` names a git repository that the registry is cloned from and pushed to, and
 `CBD_REGISTRY_REMOTE` the address of the shards (s3://bucket/prefix), for workspaces that share them.
@@ -21,13 +21,17 @@ from cbd.errors import DataError, EnvironmentFault
 from cbd.files import disk_fault, replacing, sha256_file, write_json
 from cbd.truth import read_truth
 from components.git import follow, git, origin, publish
-from components.places import CONTROL, DELIVERY, Place, kind_of, path_of
+from components.places import CONTROL, DELIVERY, SUSPECTS, Place, kind_of, path_of
 from components.shard_store import bring, send, start, told_as_damage
+from components.suspect_list import INFO as LIST
+from components.suspect_list import SuspectList, read_suspects
 
 REMOTE = "CBD_REGISTRY_REMOTE"
 TRUTH = ".truth"
 """Added to the path of a poisoned copy: what is known of it."""
-Description = DatasetInfo | BundleCard
+Description = DatasetInfo | BundleCard | SuspectList
+_FILES = {CONTROL: CARD, SUSPECTS: LIST}
+"""What describes a kind; all others have `dataset.json`."""
 ATTEMPTS = 5
 """At publishing a version, if others publish at the same time."""
 
@@ -70,7 +74,7 @@ def _commit(registry: Path, folder: Path, digest: str, place: Place, truth: Path
     path, tag = Path(place.path), f"{place.tag}/{digest[:12]}"
     (registry / path.parent).mkdir(exist_ok=True)
     send(registry, folder, path)
-    shutil.copyfile(folder / (CARD if kind_of(tag) == CONTROL else INFO), registry / f"{path}.json")
+    shutil.copyfile(folder / _FILES.get(kind_of(tag), INFO), registry / f"{path}.json")
     git(registry, "add", "--", f"{path}.dvc", f"{path}.json")
     if truth is not None:
         known = f"{path}{TRUTH}"
@@ -152,10 +156,10 @@ def _fetch_truth(registry: Path, tag: str, path: str, out: Path) -> None:
 
 def _digest_of(folder: Path, kind: str) -> str:
     """The digest of what lies in a folder, after it was verified."""
-    if kind != CONTROL:
-        return verify_dataset(folder).digest
-    read_card(folder)
-    return bundle_digest(folder)
+    if kind == CONTROL:
+        read_card(folder)
+        return bundle_digest(folder)
+    return read_suspects(folder).digest if kind == SUSPECTS else verify_dataset(folder).digest
 
 
 def _known_sums(registry: Path, tag: str, path: str) -> dict[str, str] | None:
@@ -195,6 +199,9 @@ def _described(registry: Path, tag: str) -> tuple[str, Description] | None:
         return None
     if kind_of(tag) == CONTROL:
         return path, _parsed(BundleCard, text, registry, f"{path}.json under {tag}")
+    if kind_of(tag) == SUSPECTS:
+        listed = _parsed(SuspectList, text, registry, f"{path}.json under {tag}")
+        return (path, listed) if listed.digest == digest else None
     if '"schema_version": 1' in text or '"schema_version":1' in text:
         raise OlderVersion(f"{tag}: was written by an older version; start a new --workspace and take its deliveries in again")
     info = _parsed(DatasetInfo, text, registry, f"{path}.json under {tag}")

@@ -14,9 +14,10 @@ from cbd.bundle import bundle_digest, read_card
 from cbd.dataset import read_manifest, verify_dataset
 from cbd.errors import DataError
 from cbd.truth import read_truth
-from components.places import Place, of_canary, of_control, of_delivery, of_poisoned_copy, of_trusted_set
+from components.places import Place, of_canary, of_control, of_delivery, of_poisoned_copy, of_suspects, of_trusted_set
 from components.records import kfp_component
 from components.registry import store
+from components.suspect_list import write_suspects
 
 
 def version(
@@ -69,6 +70,24 @@ def version_control(bundle: Path, *, workspace: str, date: str | None = None) ->
         )
     digest = bundle_digest(bundle)
     return _keep(bundle, digest, of_control(digest, date or _today()), workspace)
+
+
+def version_suspects(table: Path, *, workspace: str, date: str | None = None, **about: str) -> dict[str, Any]:
+    """As `version`, of the list of suspects in an evidence table; its tag is `suspects/<date>/<first 12 of the digest>`.
+
+    Without a suspect nothing is stored, and all three are None.
+
+    Args:
+        table: the evidence table.
+        workspace: as for `version`.
+        date: as for `version`.
+        about: `run_id`, `data_digest` and `model_digest`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        listed = write_suspects(table, Path(folder) / "list", **about)
+        if not listed.num_suspects:
+            return dict.fromkeys(("revision", "tag", "digest"))
+        return _keep(Path(folder) / "list", listed.digest, of_suspects(date or _today()), workspace)
 
 
 def _keep(folder: Path, digest: str, place: Place, workspace: str, truths: Sequence[Path] = ()) -> dict[str, Any]:

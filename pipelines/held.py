@@ -93,10 +93,15 @@ def versions(workspace: Path) -> dict[str, Any]:
     from cbd.dataset import DatasetInfo
     from components.places import DELIVERY, POISONED, kind_of
     from components.registry import versions as known
+    from components.suspect_list import SuspectList
 
     rows = []
     for tag, about in reversed(known(workspace)):
-        row = {"tag": tag, "kind": kind_of(tag), "num_images": None, "num_classes": len(about.class_names), "supplier": None}
+        row = {"tag": tag, "kind": kind_of(tag), "num_images": None, "num_classes": None, "supplier": None}
+        if isinstance(about, SuspectList):
+            row |= {"num_images": about.num_suspects, "digest": about.digest}
+        else:
+            row["num_classes"] = len(about.class_names)
         if isinstance(about, DatasetInfo):
             row |= {"num_images": about.num_images, "supplier": about.supplier, "digest": about.digest}
             row |= {"kind": POISONED} if about.trial and kind_of(tag) == DELIVERY else {}
@@ -131,14 +136,14 @@ def diff(old: str, new: str, workspace: Path) -> dict[str, Any]:
 
 def checkout(version: str, out: Path, workspace: Path, *, truth: Path | None) -> dict[str, Any]:
     """What was brought to `out`, and what is known of its poison to `truth`."""
-    from cbd.bundle import bundle_digest
-    from cbd.dataset import DatasetInfo
+    from cbd.bundle import BundleCard, bundle_digest
     from components.registry import fetch
 
     if truth is not None and (out.resolve() in (truth.resolve(), *truth.resolve().parents) or truth.resolve() in out.resolve().parents):
         raise ConfigError(f"--truth {truth}: lies in --out {out}, or holds it; write the truth beside the data set")
     about = fetch(version, out, workspace=workspace, truth=truth)
-    told = {"num_images": about.num_images, "digest": about.digest} if isinstance(about, DatasetInfo) else {"digest": bundle_digest(out)}
+    bundle = isinstance(about, BundleCard)
+    told = {"digest": bundle_digest(out)} if bundle else {"num_images": about.num_images, "digest": about.digest}
     return {"out": str(out), "truth": str(truth) if truth else None} | told
 
 

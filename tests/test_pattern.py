@@ -8,7 +8,7 @@ from torch import nn
 
 from cbd.attacks.badnets import BadNets
 from cbd.attacks.sig import Sig
-from cbd.pattern import Pattern, carriers, find_patterns
+from cbd.pattern import Pattern, carriers, find_patterns, least_transfer
 
 pytestmark = pytest.mark.usefixtures("torch_one_thread")
 
@@ -56,7 +56,7 @@ def test_a_patch_with_changed_labels_is_found_image_by_image_and_turns_other_ima
     images[chosen], labels[chosen] = BadNets("white").stamp(images[chosen]), 0
     first = found(images, labels)[0]
     assert first.planted and first.label == 0 and first.members.tolist() == chosen.tolist()
-    assert first.transfer > 0.9 and first.gap > 5
+    assert first.transfer > 0.8 and first.gap > 5
     assert first.mean[:, -3:, -3:].mean() > 3 * np.abs(first.mean[:, :5, :5]).mean()
 
 
@@ -86,7 +86,7 @@ def test_a_group_grows_whole_in_a_class_with_far_fewer_images_than_pixels() -> N
 
 def pattern(**changed: float) -> Pattern:
     values = {"gap": 9.0, "transfer": 0.0, "contradiction": 0.5} | changed
-    return Pattern(label=0, members=np.arange(10), mean=np.zeros((3, 4, 4), np.float32), **values)
+    return Pattern(label=0, members=np.arange(values.pop("num", 30)), mean=np.zeros((3, 4, 4), np.float32), **values)
 
 
 def test_a_shared_pattern_is_planted_only_if_it_acts_or_its_labels_are_contradicted() -> None:
@@ -94,6 +94,14 @@ def test_a_shared_pattern_is_planted_only_if_it_acts_or_its_labels_are_contradic
     assert not pattern().planted
     assert pattern(transfer=0.15).planted and not pattern(transfer=0.149).planted and pattern(contradiction=0.8).planted
     assert not pattern(gap=4.9, transfer=1.0, contradiction=1.0).planted
+    assert not pattern(num=29, transfer=1.0, contradiction=1.0).planted, "15 frames of one road sign are a clear group, too"
+
+
+def test_how_much_a_pattern_must_turn_is_far_more_than_honest_patterns_of_the_same_data_turn() -> None:
+    """Median 0.2, median deviation 0.1: 0.2 + 3 * 1.4826 * 0.1 = 0.64478."""
+    assert least_transfer([0.0, 0.1, 0.2, 0.3, 0.4]) == pytest.approx(0.64478)
+    assert least_transfer([0.01, 0.02, 0.03]) == 0.15 and least_transfer([]) == 0.15
+    assert not pattern(transfer=0.6, least_transfer=0.64).planted and pattern(transfer=0.64, least_transfer=0.64).planted
 
 
 def test_classes_with_few_images_are_left_out() -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from decided_case import Case, make_bundle, make_case, swap
 
@@ -15,6 +17,7 @@ from cbd.bundle import bundle_digest
 from cbd.dataset import read_info
 from cbd.errors import CbdError, ConfigError, DataError
 from components.register import register, register_step
+from components.registry import fetch
 from components.tracking import champion_bundle, fetch_model, registered_name
 from components.tracking_store import client
 
@@ -272,13 +275,17 @@ def test_a_folder_is_a_model_too(workspace: Path, make_evaluation: Make) -> None
 def test_the_step_records_and_keeps_the_evidence(workspace: Path, make_evaluation: Make) -> None:
     case = decided(workspace, make_evaluation)
     (workspace / "evidence").mkdir()
-    (workspace / "evidence" / "evidence.parquet").write_bytes(b"rows")
+    rows = {"sample_id": ["a", "b", "c"], "rank": [2, 1, 0], "suspect": [False, True, True]}
+    pq.write_table(pa.table(rows), workspace / "evidence" / "evidence.parquet")
     paths = {"model": case.bundle, "decision": case.decision, "evidence": workspace / "evidence"}
     artifacts = {name: SimpleNamespace(path=str(path)) for name, path in paths.items()}
     named = {"branch": "promote", "workspace": str(workspace), "name": "model", "run_id": "run-1", "revision": "abc", "base": "none"}
     register_step.python_func(records=str(workspace / "records"), **named, **artifacts)
     outputs = json.loads((workspace / "records" / "register.json").read_text())["outputs"]
     assert outputs["alias"] == "champion" and outputs["version"] == "1"
+    listed = fetch(outputs["suspects_tag"], workspace / "listed", workspace=workspace)
+    assert (listed.run_id, listed.num_images, listed.num_suspects) == ("run-1", 3, 2)
+    assert pq.read_table(workspace / "listed" / "suspects.parquet")["sample_id"].to_pylist() == ["c", "b"]
     with client(workspace) as mlflow:
         run = mlflow.search_runs([mlflow.get_experiment_by_name("cbd").experiment_id])[0]
         assert {item.path for item in mlflow.list_artifacts(run.info.run_id)} == {"decision", "evidence"}

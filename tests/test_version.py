@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from delivery_files import png
@@ -24,7 +26,8 @@ from components import registry as registry_module
 from components.places import kind_of, of_delivery, slug
 from components.poison import poison
 from components.registry import fetch, find, store, versions
-from components.version import version, version_canary, version_control, version_trusted_set
+from components.suspect_list import read_suspects
+from components.version import version, version_canary, version_control, version_suspects, version_trusted_set
 
 
 def make(folder: Path, first: int = 0) -> Path:
@@ -198,6 +201,44 @@ def test_clean_controls_lie_beside_each_other_and_come_back_verified(tmp_path: P
     stored.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.raises(DataError, match="altered"):
         fetch(tags[1], tmp_path / "other", workspace=workspace)
+
+
+def suspects(folder: Path, *flags: bool) -> Path:
+    """An evidence table of as many images as there are flags."""
+    ids, ranks = [f"s{number}" for number in range(len(flags))], list(range(len(flags)))[::-1]
+    pq.write_table(pa.table({"sample_id": ids, "rank": ranks, "suspect": list(flags)}), folder / "evidence.parquet")
+    return folder / "evidence.parquet"
+
+
+def test_a_list_of_suspects_is_a_version_the_most_suspicious_first(tmp_path: Path) -> None:
+    workspace, about = tmp_path / "ws", {"run_id": "r", "data_digest": "1" * 64, "model_digest": "2" * 64, "date": "2026-01-31"}
+    table = suspects(tmp_path, True, False, True)
+    told = version_suspects(table, workspace=str(workspace), **about)
+    again = version_suspects(table, workspace=str(workspace), **about)
+    assert again == told and told["tag"] == f"suspects/2026-01-31/{told['digest'][:12]}"
+    assert [(tag, listed.num_suspects) for tag, listed in versions(workspace)] == [(told["tag"], 2)]
+    fetch(told["tag"], tmp_path / "out", workspace=workspace)
+    assert pq.read_table(tmp_path / "out" / "suspects.parquet")["sample_id"].to_pylist() == ["s2", "s0"]
+    nothing = version_suspects(suspects(tmp_path, False), workspace=str(workspace), **about)
+    assert nothing == {"revision": None, "tag": None, "digest": None} and len(versions(workspace)) == 1
+
+
+def test_an_altered_list_of_suspects_is_refused(tmp_path: Path) -> None:
+    workspace = tmp_path / "ws"
+    told = version_suspects(suspects(tmp_path, True), workspace=str(workspace), run_id="r", data_digest="1" * 64, model_digest="2" * 64)
+    fetch(told["tag"], tmp_path / "out", workspace=workspace)
+    rows = (tmp_path / "out" / "suspects.parquet").read_bytes()
+    stored = next(path for path in (workspace / "remote").rglob("*") if path.is_file() and path.read_bytes() == rows)
+    stored.chmod(0o644)
+    stored.write_bytes(rows[:-1] + bytes([rows[-1] ^ 1]))
+    with pytest.raises(DataError, match="altered"):
+        fetch(told["tag"], tmp_path / "other", workspace=workspace)
+    (tmp_path / "out" / "suspects.parquet").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"suspects.parquet: altered"):
+        read_suspects(tmp_path / "out")
+    (tmp_path / "out" / "suspects.json").write_text("{}")
+    with pytest.raises(DataError, match="is no list of suspects"):
+        read_suspects(tmp_path / "out")
 
 
 @pytest.mark.parametrize("changes", [{"trial": True}, {"kind": "confounder"}])
