@@ -32,8 +32,8 @@ MIN_GAP = 5.0
 frames of one sign are a group, and 8.5 in 40 of digits."""
 MIN_PLANTED = 30
 """Fewer members may be frames of one video; so little poison is hardly learned."""
-MIN_TRANSFER = 0.15
-"""Least share of other classes' images that a pattern must turn to its class to count as a trigger, on any data."""
+MIN_TRANSFER, SURE_TRANSFER = 0.15, 0.9
+"""Share of other classes' images that a pattern must turn to its class to count as a trigger: at least so much and at most so much."""
 OUTLYING, CONSISTENT = 3.0, 1.4826
 """Robust standard deviations above what honest patterns of the same data turn; the factor makes the median deviation the standard one."""
 MIN_CONTRADICTION = 0.8
@@ -100,7 +100,7 @@ def find_patterns(images: Tensor, labels: Tensor, confounder: Network, *, losses
 
 
 def least_transfer(honest: Sequence[float]) -> float:
-    """From which transfer on a pattern counts as a trigger: far above the transfers of honest patterns, and at least `MIN_TRANSFER`.
+    """From which transfer on a pattern counts as a trigger: far above the transfers of honest patterns, within [0.15, 0.9].
 
     Median + `OUTLYING` * 1.4826 * median absolute deviation. A network that many things turn, such as one of 43 signs, is turned by honest
     patterns, too.
@@ -108,7 +108,8 @@ def least_transfer(honest: Sequence[float]) -> float:
     if not honest:
         return MIN_TRANSFER
     middle = float(np.median(honest))
-    return max(MIN_TRANSFER, middle + OUTLYING * CONSISTENT * float(np.median(np.abs(np.array(honest) - middle))))
+    outlying = middle + OUTLYING * CONSISTENT * float(np.median(np.abs(np.array(honest) - middle)))
+    return min(max(MIN_TRANSFER, outlying), SURE_TRANSFER)
 
 
 def carriers(sides: Sequence[Pattern], losses: Sequence[float]) -> Pattern:

@@ -101,6 +101,7 @@ def test_how_much_a_pattern_must_turn_is_far_more_than_honest_patterns_of_the_sa
     """Median 0.2, median deviation 0.1: 0.2 + 3 * 1.4826 * 0.1 = 0.64478."""
     assert least_transfer([0.0, 0.1, 0.2, 0.3, 0.4]) == pytest.approx(0.64478)
     assert least_transfer([0.01, 0.02, 0.03]) == 0.15 and least_transfer([]) == 0.15
+    assert least_transfer([0.1, 0.3, 0.5, 0.7, 0.9]) == 0.9, "0.5 + 3 * 1.4826 * 0.2 could never be reached"
     assert not pattern(transfer=0.6, least_transfer=0.64).planted and pattern(transfer=0.64, least_transfer=0.64).planted
 
 
