@@ -22,7 +22,7 @@ TRIGGERS = "triggers.png"
 LEAST_NORM = 0.01
 """In pixels; a smaller norm counts as this."""
 COLUMNS, GAP = 16, 2
-"""Triggers per row of the picture, and grey pixels between them."""
+"""Most triggers per row of the picture, and grey pixels between them."""
 
 
 class _Trusted(NamedTuple):
@@ -215,12 +215,13 @@ def _draw(found: list[Any], path: Path) -> None:
     from PIL import Image
 
     blocks = []
+    columns = min(COLUMNS, len(found[0].masks))
     for triggers in found:
         shown = (255 * triggers.masks * triggers.patterns).round().byte().cpu().numpy()
-        shown = np.pad(shown, ((0, -len(shown) % COLUMNS), (0, 0), (GAP, GAP), (GAP, GAP)), constant_values=64)
+        shown = np.pad(shown, ((0, -len(shown) % columns), (0, 0), (GAP, GAP), (GAP, GAP)), constant_values=64)
         count, _, height, width = shown.shape
-        rows = shown.reshape(count // COLUMNS, COLUMNS, 3, height, width).transpose(0, 3, 1, 4, 2)
-        blocks.append(rows.reshape(-1, COLUMNS * width, 3))
+        rows = shown.reshape(count // columns, columns, 3, height, width).transpose(0, 3, 1, 4, 2)
+        blocks.append(rows.reshape(-1, columns * width, 3))
     Image.fromarray(np.concatenate(blocks)).save(path)
 
 

@@ -213,7 +213,7 @@ def test_a_scan_is_what_the_gate_reads_beside_pictures_of_the_triggers(tmp_path:
     assert {row.source for row in found.transfer} <= {"candidate", "confounder"}
     assert told["candidate"]["p_value"] == found.candidate.p_value
     with Image.open(tmp_path / "out" / "triggers.png") as picture:
-        assert picture.size == (16 * 20, 2 * 20)
+        assert picture.size == (5 * 20, 2 * 20)
 
 
 @pytest.mark.usefixtures("short", "torch_one_thread")
