@@ -27,8 +27,8 @@ KEPT = "canaries"
 def canary(dataset: Path, trusted_set: Path, out: Path, *, params: Params, workspace: Path, run_id: str) -> dict[str, Any]:
     """What stage 1 saw of each planted family and what stage 2 left of it, in brief; all of it goes to `out/canary.json`.
 
-    The result is kept in the workspace and named in its log. A result of the same configuration that is younger than `canary.every`
-    decided runs is used again; with `every: 0` there is none, and `out` stays an empty folder.
+    The result is kept in the workspace and named in its log. A result of the same configuration and trusted set that is younger
+    than `canary.every` decided runs is used again; with `every: 0` there is none, and `out` stays an empty folder.
 
     Args:
         dataset: the untrusted data set.
@@ -44,6 +44,7 @@ def canary(dataset: Path, trusted_set: Path, out: Path, *, params: Params, works
     info = read_info(dataset)
     about = params.model_dump(mode="json", include={"seed", "model", "confounder", "deconfounded", "canary"})
     about |= {"class_names": info.class_names, "trial": info.trial, "code": code_digest()}
+    about["trusted_digest"] = read_info(trusted_set).digest
     key = hashlib.sha256(canonical_json(about)).hexdigest()
     kept = None if info.trial else _young_enough(workspace, key, every=params.canary.every)
     reused = kept is not None

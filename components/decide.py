@@ -57,7 +57,7 @@ def weigh(subject: Subject, *, policy: Gate, workspace: Path, run_id: str, attem
     info, trusted = check(subject.dataset), check(subject.trusted_set)
     validation = read_object(subject.validation, "validation.json")
     evaluation = read_object(subject.evaluation, "evaluation.json") if subject.evaluation else None
-    canary = _canary(subject, workspace)
+    canary = _canary(subject, workspace, trusted_digest=trusted.digest)
     digests = {
         "data": info.digest,
         "trusted": trusted.digest,
@@ -94,14 +94,17 @@ def _attempt(subject: Subject, digests: dict[str, str | None], policy: Gate, wor
     return number_attempt(workspace, subject.model, digests, policy)
 
 
-def _canary(subject: Subject, workspace: Path) -> dict[str, Any] | None:
-    """The canary's result, after checking that this workspace made it; None where none was trained."""
+def _canary(subject: Subject, workspace: Path, *, trusted_digest: str) -> dict[str, Any] | None:
+    """The canary's result, after checking that this workspace made it with this trusted set; None where none was trained."""
     if subject.canary is None or not (subject.canary / CANARY).is_file():
         return None
     found = sha256_file(find_file(subject.canary, CANARY))
     if not logged(workspace, found):
         raise DataError(f"{subject.canary}: {CANARY} {found[:12]} is not in the log of {workspace}: it was altered; run the pipeline again")
-    return read_object(subject.canary, CANARY)
+    result = read_object(subject.canary, CANARY)
+    if (told := str(result.get("trusted_digest"))) != trusted_digest:
+        raise DataError(f"{CANARY}: measured trusted set {told[:12]!r}, found {trusted_digest[:12]!r}; run the pipeline again")
+    return result
 
 
 def _check_validation(validation: dict[str, Any], digests: dict[str, str | None]) -> None:

@@ -94,6 +94,14 @@ def test_another_configuration_has_a_canary_of_its_own(sets: Path, workspace: Pa
     assert not rehearse(sets, workspace, out="other", **changes)[0]["reused"]
 
 
+def test_another_trusted_set_has_a_canary_of_its_own(sets: Path, workspace: Path) -> None:
+    place = workspace / "other"
+    about = {"params": PARAMS, "workspace": workspace, "run_id": "run-2"}
+    assert not canary(sets / "dataset", sets / "dataset", place, **about)["reused"]
+    found = read_canary(json.loads((place / CANARY).read_text()))
+    assert found.trusted_digest == read_info(sets / "dataset").digest
+
+
 def test_without_a_canary_there_is_no_file_and_no_entry(sets: Path, tmp_path: Path) -> None:
     told, file = rehearse(sets, tmp_path, every=0)
     assert told == {"reused": False, "canary_sha256": None} and not file.exists() and file.parent.is_dir()
@@ -114,6 +122,17 @@ def test_a_canary_that_the_log_does_not_name_is_refused(tmp_path: Path, make_eva
     ensure_key(tmp_path)
     with pytest.raises(DataError, match="is not in the log of .*: it was altered"):
         replace(case, subject=replace(case.subject, canary=tmp_path / "forged")).decide()
+
+
+def test_a_canary_that_was_measured_on_another_trusted_set_is_refused(tmp_path: Path, make_evaluation: Make, make_canary: Make) -> None:
+    from dataclasses import replace
+
+    case = make_case(tmp_path, make_evaluation)
+    write_json(tmp_path / "other" / CANARY, {**make_canary(), "trusted_digest": "e" * 64})
+    told = {"sha256": sha256_file(tmp_path / "other" / CANARY), "config_sha256": "0" * 64, "run_id": "r"}
+    append(tmp_path / LOG, "canary", told, key=ensure_key(tmp_path))
+    with pytest.raises(DataError, match="measured trusted set 'eeeeeeeeeeee'"):
+        replace(case, subject=replace(case.subject, canary=tmp_path / "other")).decide()
 
 
 def test_attempts_are_counted_from_the_log_and_the_same_again_is_none(tmp_path: Path, make_evaluation: Make) -> None:
