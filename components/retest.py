@@ -91,6 +91,7 @@ def _judge(
         evaluation = read_object(place, EVALUATION)
         scan(bundle, None, Path(folder) / "trusted", place / "scan", policy=policy, seed=seed)
         scanned, measured = read_object(place / "scan", SCAN), sha256_file(place / EVALUATION)
+        searched = sha256_file(place / "scan" / SCAN)
         with replacing(workspace / "retests" / digests["model"][:12] / measured[:12]) as temporary:
             shutil.copytree(place, temporary)
     judgement = judge_again(evaluation, scanned, signed.content["checks"], policy=policy)
@@ -98,7 +99,7 @@ def _judge(
         "verdict_then": signed.content["verdict"],
         "verdict": judgement["verdict"],
         "decision_digest": signed.digest,
-        "digests": {"model": digests["model"], "trusted": digests["trusted"], "evaluation": measured},
+        "digests": {"model": digests["model"], "trusted": digests["trusted"], "evaluation": measured, "scan": searched},
         "sentence": judgement["sentence"],
     }
 

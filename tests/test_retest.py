@@ -152,7 +152,7 @@ def test_a_good_model_still_passes_and_the_log_says_so_with_digests(workspace: P
     digests = entry["data"]["digests"]
     assert digests["model"] == bundle_digest(case.bundle) and digests["trusted"] == read_info(case.subject.trusted_set).digest
     (kept,) = (workspace / "retests").rglob("evaluation.json")
-    assert sha256_file(kept) == digests["evaluation"]
+    assert sha256_file(kept) == digests["evaluation"] and sha256_file(kept.parent / "scan" / "scan.json") == digests["scan"]
     measured = json.loads(kept.read_text())
     assert measured["num_images"] == 120
     assert champion_bundle(workspace, "model", CLASSES) is not None
