@@ -17,8 +17,8 @@ from cbd.training import predict
 Labels = NDArray[np.int64]
 Control = tuple[Network, NDArray[np.bool_]]
 """A harmless model and, bool [N], which of the trusted images it was not trained on."""
-NULL_IMAGES = 2000
-"""Harmless triggers, and triggers on harmless models, are tried on at most so many images."""
+BATTERY_IMAGES, NULL_IMAGES = 4000, 2000
+"""At most so many images, drawn at random, are tried with the known triggers; and with harmless ones, or on harmless models."""
 
 
 def predictions(model: Network, images: Images) -> Labels:
@@ -93,9 +93,11 @@ def run_battery(
         num_classes: K; all targets come from the same predictions.
         limit: upper bound of the excess under which a trigger needs no comparison.
         null_members: harmless members per family.
-        seed: of the harmless members.
+        seed: of the harmless members, and of the images drawn where there are more than `BATTERY_IMAGES`.
         controls: harmless models, each with the images that it was not trained on.
     """
+    drawn = _draw(len(labels), BATTERY_IMAGES, seed=seed)
+    images, labels, controls = images[drawn], labels[drawn], [(network, unseen[drawn]) for network, unseen in controls]
     before = predictions(model, images)
     nulls: dict[str, float] = {}
     battery = []
@@ -106,10 +108,10 @@ def run_battery(
         name = trigger.name if controls else trigger.family
         if (worst["high"] is None or worst["high"] >= limit) and name not in nulls:
             if controls:
-                nulls[name] = largest_of_controls(controls, images, labels, trigger.attack, num_classes=num_classes)
+                nulls[name] = largest_of_controls(controls, images, labels, trigger.attack, num_classes=num_classes, seed=seed)
             else:
-                members = harmless(trigger.family, null_members, seed=seed)
-                nulls[name] = largest_rate(model, images[:NULL_IMAGES], labels[:NULL_IMAGES], members, num_classes=num_classes)
+                members, tried = harmless(trigger.family, null_members, seed=seed), _draw(len(labels), NULL_IMAGES, seed=seed)
+                nulls[name] = largest_rate(model, images[tried], labels[tried], members, num_classes=num_classes)
         null, told = nulls.get(name), {"null_members": None if controls else null_members, "null_controls": len(controls) or None}
         battery.append(
             {"trigger": trigger.name, "family": trigger.family, "target": target, **worst}
@@ -119,11 +121,14 @@ def run_battery(
     return battery
 
 
-def largest_of_controls(controls: Sequence[Control], images: Images, labels: Labels, attack: Attack, *, num_classes: int) -> float:
+def largest_of_controls(
+    controls: Sequence[Control], images: Images, labels: Labels, attack: Attack, *, num_classes: int, seed: int
+) -> float:
     """The largest rate in [0, 1] at which the trigger turns images of any control, none of its training images, to any one class."""
     rates = []
     for network, unseen in controls:
-        chosen = np.flatnonzero(unseen)[:NULL_IMAGES]
+        chosen = np.flatnonzero(unseen)
+        chosen = chosen[_draw(len(chosen), NULL_IMAGES, seed=seed)]
         rates.append(largest_rate(network, images[chosen], labels[chosen], [attack], num_classes=num_classes))
     return max(rates, default=0.0)
 
@@ -138,6 +143,11 @@ def largest_rate(model: Network, images: Images, labels: Labels, members: Sequen
         if n
     ]
     return max(rates, default=0.0)
+
+
+def _draw(num: int, most: int, *, seed: int) -> NDArray[np.int64]:
+    """int64 [n], ascending: all of `num` images, or `most` of them at random; the first ones may all be of one class."""
+    return np.sort(np.random.default_rng(seed).permutation(num)[:most])
 
 
 def worst_target(counts: Sequence[tuple[int, int]]) -> int:

@@ -119,6 +119,16 @@ def test_the_battery_finds_the_planted_trigger_and_compares_it_with_harmless_one
     assert [count["target"] for count in planted["targets"]] == [0, 1, 2]
 
 
+def test_of_many_images_the_battery_draws_some_of_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 200 images in the order of their classes the first 60 were all of class 0, none of which a trigger could turn to it."""
+    monkeypatch.setattr("cbd.evaluate.BATTERY_IMAGES", 60)
+    images, labels = naming([0] * 100 + [1] * 50 + [2] * 50)
+    found = run_battery(Corner(), images, labels, num_classes=3, limit=0.05, null_members=1, seed=0)
+    planted = next(row for row in found if row["trigger"] == "white-bottom-right")
+    assert planted["target"] == 0 and 20 < planted["k"] == planted["n"] < 40
+    assert run_battery(Corner(), images, labels, num_classes=3, limit=0.05, null_members=1, seed=0) == found
+
+
 class Steady(Corner):
     """Says class 0 whatever it sees."""
 
