@@ -20,6 +20,9 @@ Control = tuple[Network, NDArray[np.bool_]]
 BATTERY_IMAGES, NULL_IMAGES = 4000, 2000
 """At most so many images, drawn at random, are tried with the known triggers; and with harmless ones, or on harmless models."""
 
+NEEDLESS = 0.9999
+"""Confidence at which a trigger below the limit needs no comparison: stricter than the gate in any of the first five attempts."""
+
 
 def predictions(model: Network, images: Images) -> Labels:
     """The predicted classes, int64 [N], of images uint8 [N, 3, S, S]."""
@@ -106,7 +109,8 @@ def run_battery(
         target = worst_target(counts)
         worst = rate(*counts[target])
         name = trigger.name if controls else trigger.family
-        if (worst["high"] is None or worst["high"] >= limit) and name not in nulls:
+        most = rate(*counts[target], confidence=NEEDLESS)["high"]
+        if (most is None or most >= limit) and name not in nulls:
             if controls:
                 nulls[name] = largest_of_controls(controls, images, labels, trigger.attack, num_classes=num_classes, seed=seed)
             else:

@@ -156,7 +156,7 @@ def test_the_null_is_what_the_trigger_does_to_a_control_on_images_that_it_never_
     images[:, 0, 0, 0] = labels
     candidate: Any = Corner()
     images[30:, 1, 0, 0] = 1
-    about = {"num_classes": 3, "limit": 0.05, "null_members": 2, "seed": 0}
+    about = {"num_classes": 3, "limit": 0.12, "null_members": 2, "seed": 0}  # 0 of 80 is at most 10.9 % at 99.99 % confidence
     everything, held_out = np.ones(120, bool), np.arange(120) >= 30
 
     def row(unseen: np.ndarray) -> dict[str, Any]:
