@@ -26,12 +26,12 @@ SIDE = 32
 RIDGE = 0.01
 """Share of the mean variance that is added to each."""
 FOLDS = 5
-MIN_MEMBERS, MIN_SAMPLES, MAX_ROUNDS, NUM_IMAGES = 10, 40, 10, 500
+MIN_SAMPLES, MAX_ROUNDS, NUM_IMAGES = 40, 10, 500
+MIN_MEMBERS = 30
+"""Of either group: fewer may be frames of one video, and so little poison is hardly learned."""
 MIN_GAP = 5.0
 """Standard deviations between the two groups of a class. Honest classes: at most 2.8 in 10 of CIFAR-10, but 10.7 in 43 of GTSRB, where 15
 frames of one sign are a group, and 8.5 in 40 of digits."""
-MIN_PLANTED = 30
-"""Fewer members may be frames of one video; so little poison is hardly learned."""
 MIN_TRANSFER, SURE_TRANSFER = 0.15, 0.9
 """Share of other classes' images that a pattern must turn to its class to count as a trigger: at least so much and at most so much."""
 OUTLYING, CONSISTENT = 3.0, 1.4826
@@ -62,7 +62,7 @@ class Pattern:
     def planted(self) -> bool:
         """Whether it is one pattern for all, and either acts as a trigger or carries labels that the rest of the data contradicts."""
         acts = (self.transfer or 0.0) >= self.least_transfer
-        return self.gap >= MIN_GAP and len(self.members) >= MIN_PLANTED and (acts or self.contradiction >= MIN_CONTRADICTION)
+        return self.gap >= MIN_GAP and (acts or self.contradiction >= MIN_CONTRADICTION)
 
 
 def find_patterns(images: Tensor, labels: Tensor, confounder: Network, *, losses: Tensor, preferences: Tensor, seed: int) -> list[Pattern]:
@@ -212,7 +212,7 @@ def _small(images: Tensor) -> Floats:
 
 
 def _grow(vectors: Floats, group: Mask, part: NDArray[np.int64]) -> Mask | None:
-    """bool [n]: one of the two groups into which the samples fall, grown from `group`; None if one of them vanishes.
+    """bool [n]: one of the two groups into which the samples fall, grown from `group`; None if one of them is too small.
 
     Each sample is projected on the direction of the other parts. With more pixels than samples a direction sets apart whatever group it
     was made from: nothing would ever change sides.
@@ -222,12 +222,10 @@ def _grow(vectors: Floats, group: Mask, part: NDArray[np.int64]) -> Mask | None:
         if values is None:
             return None
         grown = _two_means(values, group)
-        if min(grown.sum(), (~grown).sum()) < MIN_MEMBERS:
-            return None
         if (grown == group).all():
             break
         group = grown
-    return group
+    return group if min(group.sum(), (~group).sum()) >= MIN_MEMBERS else None
 
 
 def _projected(vectors: Floats, group: Mask, part: NDArray[np.int64]) -> Floats | None:
