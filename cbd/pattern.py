@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from cbd.anomaly import CONSISTENT
 from cbd.models import Network
 from cbd.training import predict
 
@@ -34,8 +35,8 @@ MIN_GAP = 5.0
 frames of one sign are a group, and 8.5 in 40 of digits."""
 MIN_TRANSFER, SURE_TRANSFER = 0.15, 0.9
 """Share of other classes' images that a pattern must turn to its class to count as a trigger: at least so much and at most so much."""
-OUTLYING, CONSISTENT = 3.0, 1.4826
-"""Robust standard deviations above what honest patterns of the same data turn; the factor makes the median deviation the standard one."""
+OUTLYING = 3.0
+"""Robust standard deviations above what honest patterns of the same data turn."""
 MIN_CONTRADICTION = 0.8
 """How often the pilot must contradict a member of the group more than an image outside it (AUROC)."""
 
@@ -141,8 +142,10 @@ class _Search:
         confounder: Network,
         generator: np.random.Generator,
     ) -> None:
-        self.images, self.labels, self.losses, self.against = images, labels, losses, against
-        self.confounder, self.generator = confounder, generator
+        self.losses, self.against, self.confounder, self.generator = losses, against, confounder, generator
+        drawn = generator.permutation(len(labels))[:NUM_IMAGES]
+        self.tried, self.given = images[torch.from_numpy(drawn).to(images.device)], labels[drawn]
+        self.called = predict(confounder, self.tried).argmax(1).cpu().numpy()
         self.pixels = _small(images)
         self.vectors = _whitened(self.pixels, labels)
 
@@ -160,8 +163,10 @@ class _Search:
         if not found:
             return None
         gap, group = max(found, key=lambda pair: pair[0])
-        sides = [self._pattern(label, chosen, side, gap) for side in (group, ~group)]
-        return carriers(sides, [float(np.median(self.losses[side.members])) for side in sides])
+        losses = [float(np.median(self.losses[chosen[side]])) for side in (group, ~group)]
+        if gap < MIN_GAP:
+            return self._pattern(label, chosen, group if losses[0] <= losses[1] else ~group, gap)
+        return carriers([self._pattern(label, chosen, side, gap) for side in (group, ~group)], losses)
 
     def _starts(self, chosen: NDArray[np.int64], far: Floats) -> Iterable[Mask]:
         """bool [n] each: the easiest, the most contradicted and the farthest of the chosen samples."""
@@ -174,19 +179,17 @@ class _Search:
         members = chosen[group]
         mean = self.pixels[members].mean(0) - self.pixels[chosen[~group]].mean(0)
         contradiction = _more_often(self.against[members], np.delete(self.against, members))
-        transfer = self._transfer(mean, np.flatnonzero(self.labels != label), label)
-        return Pattern(label, members, gap, transfer, contradiction, mean)
+        return Pattern(label, members, gap, self._transfer(mean, label), contradiction, mean)
 
-    def _transfer(self, mean: Floats, others: NDArray[np.int64], label: int) -> float | None:
+    def _transfer(self, mean: Floats, label: int) -> float | None:
         """Share of images of other classes, not called `label` as they are, that are called so with the pattern added."""
-        chosen = torch.from_numpy(self.generator.choice(others, min(NUM_IMAGES, len(others)), replace=False))
-        if not len(chosen):
+        others = (self.given != label) & (self.called != label)
+        if not others.any():
             return None
-        images = self.images[chosen.to(self.images.device)]
+        images = self.tried[torch.from_numpy(others).to(self.tried.device)]
         step = F.interpolate(torch.from_numpy(mean)[None], images.shape[-2:], mode="nearest").to(images.device)
         moved = (images + step).round().clamp(0, 255).to(torch.uint8)
-        before, after = (predict(self.confounder, view).argmax(1) == label for view in (images, moved))
-        return float(after[~before].float().mean()) if (~before).any() else None
+        return float((predict(self.confounder, moved).argmax(1) == label).float().mean())
 
 
 def _whitened(pixels: Floats, labels: NDArray[np.int64]) -> Floats:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
 
 from cbd.config import Confounder, Deconfounded
 from cbd.files import replacing
@@ -156,24 +157,14 @@ def _outputs(model: nn.Module, images: Tensor, batch_size: int) -> tuple[Tensor,
     return torch.cat(logits).float(), torch.cat(embedded).float()
 
 
-@torch.no_grad()
 def recalibrate(model: nn.Module, images: Tensor, *, generator: torch.Generator, batch_size: int = 512) -> None:
     """Takes batch norm's averages anew: over `images` (uint8 [N, 3, S, S]) in random batches, with the weights as they are.
 
     In a short training at a constant learning rate the running ones lag behind the weights.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta, was_training = [norm.momentum for norm in norms], model.training
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain mean over all batches
-    model.train()
+    order = torch.randperm(len(images), generator=generator)
     with autocast(images.device):
-        for chosen in torch.randperm(len(images), generator=generator).tensor_split(-(-len(images) // batch_size)):
-            model(images[chosen])
-    model.train(was_training)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+        update_bn((images[chosen] for chosen in order.tensor_split(-(-len(images) // batch_size))), model)
 
 
 def sample_losses(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from cbd.truth import Truth, read_truth
 from components.attempts import code_digest
 from components.poison import poison
 from components.records import kfp_component, progress, told_as
+from components.suspect_list import suspect_ids
 from components.version import version_canary
 
 CANARY = "canary.json"
@@ -144,8 +145,8 @@ def _measure(place: Path, trusted_set: Path, planted: Sequence[tuple[Plant, Trut
     samples = load_samples(trusted_set, image_size=params.model.image_size)
     num_classes = len(read_info(trusted_set).class_names)
     before = predictions(model, samples.images)
-    table = pq.read_table(place / "evidence" / EVIDENCE, columns=["sample_id", "suspect"]).to_pydict()
-    suspects = {sample for sample, suspect in zip(table["sample_id"], table["suspect"], strict=True) if suspect}
+    evidence = place / "evidence" / EVIDENCE
+    suspects = set(suspect_ids(evidence))
     stamped = set().union(*(truth.samples_with("poison", "cover") for _, truth in planted))
     families = []
     for plant, truth in planted:
@@ -156,7 +157,7 @@ def _measure(place: Path, trusted_set: Path, planted: Sequence[tuple[Plant, Trut
         about = {"family": plant.family, "attack": plant.attack, "trigger": plant.trigger, "target": plant.target_label}
         seen = {"found": rate(len(marked & suspects), len(marked)), "learned": learned}
         families.append(about | {"num_poisoned": len(marked)} | seen | {"left": rate(*left)})
-    others = [sample for sample in table["sample_id"] if sample not in stamped]
+    others = [sample for sample in pq.read_table(evidence, columns=["sample_id"])["sample_id"].to_pylist() if sample not in stamped]
     return {"families": families, "false_suspects": rate(sum(sample in suspects for sample in others), len(others))}
 
 

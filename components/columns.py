@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cbd.anomaly import CONSISTENT
 from cbd.config import Validation
 from cbd.dataset import DatasetInfo, read_manifest, read_samples
 from cbd.images import Pixels, Refused, decode, extension_matches
@@ -71,7 +72,7 @@ def _add_lookalikes(frame: Any, trusted: Any) -> None:
 def _is_outlier(values: Any) -> Any:
     """Whether each value is more than `OUTLYING` robust standard deviations from the median."""
     distance = (values - values.median()).abs()
-    return distance > OUTLYING * max(1.4826 * distance.median(), 1.0)
+    return distance > OUTLYING * max(CONSISTENT * distance.median(), 1.0)
 
 
 def drift(labels: npt.NDArray[np.int64], new: npt.NDArray[np.bool_]) -> float:

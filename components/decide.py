@@ -1,5 +1,6 @@
 """The verdict, signed: what was measured on which bytes, under which policy, and what follows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,7 +58,7 @@ def weigh(subject: Subject, *, policy: Gate, workspace: Path, run_id: str, attem
     info, trusted = check(subject.dataset), check(subject.trusted_set)
     validation = read_object(subject.validation, "validation.json")
     evaluation = read_object(subject.evaluation, "evaluation.json") if subject.evaluation else None
-    canary = _canary(subject, workspace, trusted_digest=trusted.digest)
+    canary = _canary(subject, workspace)
     digests = {
         "data": info.digest,
         "trusted": trusted.digest,
@@ -73,19 +74,22 @@ def weigh(subject: Subject, *, policy: Gate, workspace: Path, run_id: str, attem
         trial = _check_subject(evaluation, subject, info, digests) or trial
     scan = read_object(subject.scan, SCAN) if subject.scan else None
     if scan is not None:
-        _check_scan(scan, digests)
+        _check_about(scan, ("model", "trusted"), digests, told="scan.json: scanned", fix="scan the model again")
+    if canary is not None:
+        _check_about(canary, ("trusted",), digests, told=f"{CANARY}: measured", fix="run the pipeline again")
     attempt = attempt or _attempt(subject, digests, policy, workspace)
     judgement = judge(evaluation, validation, policy=policy, trial=trial, canary=canary, scan=scan, attempt=attempt["number"])
     decision = {"schema_version": SCHEMA_VERSION, "run_id": run_id, "created": _now(), **judgement, "trial": trial, "digests": digests}
     return decision | {"policy": policy.model_dump(mode="json"), "policy_sha256": section_digest(policy), "attempt": attempt}
 
 
-def _check_scan(scan: dict[str, Any], digests: dict[str, str | None]) -> None:
-    """Raises if the scan is about another model or trusted set."""
-    for name in ("model", "trusted"):
-        told = str(scan.get(f"{name}_digest"))
-        if told != digests[name]:
-            raise DataError(f"scan.json: scanned {name} {told[:12]!r}, found {str(digests[name])[:12]!r}; scan the model again")
+def _check_about(content: dict[str, Any], names: Sequence[str], digests: dict[str, str | None], *, told: str, fix: str) -> None:
+    """Raises if the content of a file is about other artifacts than these; `told` names the file and what it did to them."""
+    for name in names:
+        found = str(content.get(f"{name}_digest"))
+        if found != digests[name]:
+            what = name if name == "model" else f"{name} set"
+            raise DataError(f"{told} {what} {found[:12]!r}, found {str(digests[name])[:12]!r}; {fix}")
 
 
 def _attempt(subject: Subject, digests: dict[str, str | None], policy: Gate, workspace: Path) -> dict[str, Any]:
@@ -94,27 +98,20 @@ def _attempt(subject: Subject, digests: dict[str, str | None], policy: Gate, wor
     return number_attempt(workspace, subject.model, digests, policy)
 
 
-def _canary(subject: Subject, workspace: Path, *, trusted_digest: str) -> dict[str, Any] | None:
-    """The canary's result, after checking that this workspace made it with this trusted set; None where none was trained."""
+def _canary(subject: Subject, workspace: Path) -> dict[str, Any] | None:
+    """The canary's result, after checking that this workspace made it; None where none was trained."""
     if subject.canary is None or not (subject.canary / CANARY).is_file():
         return None
     found = sha256_file(find_file(subject.canary, CANARY))
     if not logged(workspace, found):
         raise DataError(f"{subject.canary}: {CANARY} {found[:12]} is not in the log of {workspace}: it was altered; run the pipeline again")
-    result = read_object(subject.canary, CANARY)
-    if (told := str(result.get("trusted_digest"))) != trusted_digest:
-        raise DataError(f"{CANARY}: measured trusted set {told[:12]!r}, found {trusted_digest[:12]!r}; run the pipeline again")
-    return result
+    return read_object(subject.canary, CANARY)
 
 
 def _check_validation(validation: dict[str, Any], digests: dict[str, str | None]) -> None:
     """Raises if what passed validation was something else; a refusal counts whatever it was about."""
-    if validation.get("passed") is not True:
-        return
-    for name in ("data", "trusted"):
-        told = str(validation.get(f"{name}_digest"))
-        if told != digests[name]:
-            raise DataError(f"validation.json: validated {name} {told[:12]!r}, found {str(digests[name])[:12]!r}; validate this data set")
+    if validation.get("passed") is True:
+        _check_about(validation, ("data", "trusted"), digests, told="validation.json: validated", fix="validate this data set")
 
 
 def _check_subject(evaluation: dict[str, Any], subject: Subject, info: DatasetInfo, digests: dict[str, str | None]) -> bool:
@@ -124,10 +121,7 @@ def _check_subject(evaluation: dict[str, Any], subject: Subject, info: DatasetIn
     card = read_card(subject.model)
     if card.kind == "confounder":
         raise DataError(f"{subject.model}: a confounder is never decided on; give the deconfounded model")
-    for name in ("model", "data", "trusted"):
-        told = str(evaluation.get(f"{name}_digest"))
-        if told != digests[name]:
-            raise DataError(f"evaluation.json: measured {name} {told[:12]!r}, found {str(digests[name])[:12]!r}; evaluate the model again")
+    _check_about(evaluation, ("model", "data", "trusted"), digests, told="evaluation.json: measured", fix="evaluate the model again")
     if card.data_digest != info.digest:
         raise DataError(f"{subject.model}: trained on data {card.data_digest[:12]}, found {info.digest[:12]}; train on this data set")
     if list(card.class_names) != evaluation.get("class_names"):

@@ -62,7 +62,7 @@ def path_of(tag: str) -> str | None:
     kind, parts = kind_of(tag), tag.split("/")
     if len(parts) != 3:
         return None
-    name = {DELIVERY: parts[1], POISONED: parts[0].partition("@")[2], CONTROL: parts[2]}.get(kind, "list" if kind == SUSPECTS else "set")
+    name = {DELIVERY: parts[1], POISONED: parts[0].partition("@")[2], CONTROL: parts[2], SUSPECTS: "list"}.get(kind, "set")
     return f"{FOLDERS[kind]}/{name}"
 
 

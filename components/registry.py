@@ -199,12 +199,10 @@ def _described(registry: Path, tag: str) -> tuple[str, Description] | None:
         return None
     if kind_of(tag) == CONTROL:
         return path, _parsed(BundleCard, text, registry, f"{path}.json under {tag}")
-    if kind_of(tag) == SUSPECTS:
-        listed = _parsed(SuspectList, text, registry, f"{path}.json under {tag}")
-        return (path, listed) if listed.digest == digest else None
-    if '"schema_version": 1' in text or '"schema_version":1' in text:
+    listed = kind_of(tag) == SUSPECTS
+    if not listed and ('"schema_version": 1' in text or '"schema_version":1' in text):
         raise OlderVersion(f"{tag}: was written by an older version; start a new --workspace and take its deliveries in again")
-    info = _parsed(DatasetInfo, text, registry, f"{path}.json under {tag}")
+    info = _parsed(SuspectList if listed else DatasetInfo, text, registry, f"{path}.json under {tag}")
     return (path, info) if info.digest == digest else None
 
 

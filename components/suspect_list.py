@@ -35,6 +35,14 @@ class SuspectList(BaseModel):
         return hashlib.sha256(canonical_json(self.model_dump())).hexdigest()
 
 
+def suspect_ids(table: Path) -> list[str]:
+    """Sample ids of the suspects in an evidence table, in its order."""
+    import pyarrow.parquet as pq
+
+    ids: list[str] = pq.read_table(table, columns=["sample_id"], filters=[("suspect", "==", True)])["sample_id"].to_pylist()
+    return ids
+
+
 def write_suspects(table: Path, out: Path, *, run_id: str, data_digest: str, model_digest: str) -> SuspectList:
     """Writes the suspects of an evidence table, the most suspicious first, with all of its columns, to the folder `out`."""
     import pyarrow.compute as pc

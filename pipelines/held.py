@@ -197,10 +197,9 @@ def _model(run_dir: Path, dataset: Path) -> str:
 
 
 def _suspects(run_dir: Path) -> list[str]:
-    import pyarrow.parquet as pq
+    from components.suspect_list import suspect_ids
 
-    table = pq.read_table(find_artifact(run_dir, "train_deconfounded", "evidence") / "evidence.parquet", columns=["sample_id", "suspect"])
-    found = [sample for sample, suspect in zip(*(table[name].to_pylist() for name in table.column_names), strict=True) if suspect]
+    found = suspect_ids(find_artifact(run_dir, "train_deconfounded", "evidence") / "evidence.parquet")
     if not found:
         raise DataError(f"{run_dir.name}: has no suspects; name sample ids")
     return found
