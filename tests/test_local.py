@@ -108,7 +108,13 @@ from pipelines import local
 local.run({{"records": {str(tmp_path / "records")!r}, "deed": "sleep"}}, Path({str(tmp_path)!r}), pipeline="stub_pipeline:stub")
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
-    parent = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=environment,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs are started with it ignored
+    )
     pid = tmp_path / "records" / "ingest.pid"
     until = time.monotonic() + 60
     while not (pid.exists() and pid.read_text()) and time.monotonic() < until:

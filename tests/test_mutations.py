@@ -38,7 +38,7 @@ BREAKS = {
         "cbd/gate/known.py", "highs = [high_of(bound) for bound in bounds]", 'highs = [bound["low"] or 0.0 for bound in bounds]', GATE
     ),
     "the lower bound tells whether harmless triggers are measured": Break(
-        "cbd/evaluate.py", 'worst["high"] >= limit', 'worst["low"] >= limit', MEASURES
+        "cbd/evaluate.py", 'confidence=NEEDLESS)["high"]', 'confidence=NEEDLESS)["low"]', MEASURES
     ),
     "the lower bound of what the canary's model kept counts": Break(
         "cbd/gate/canary.py", "return high_of(rate(planted.left.k,", "return low_of(rate(planted.left.k,", EVIDENCE
