@@ -193,7 +193,7 @@ class Gate(Section):
     """Random harmless members per trigger family that make the null."""
     scan_alpha: float = Field(default=0.02, gt=0, lt=1)
     """Share of harmless models that the scan for unknown triggers may hold back: its part of the gate's false alarms."""
-    scan_margin: float = Field(default=0.4, gt=0, lt=1)
+    scan_margin: float = Field(default=0.5, gt=0, lt=1)
     """REVIEW if the smallest trigger works on so much more of the held-out images than other classes' triggers of that size."""
     min_images: int = Field(default=300, gt=0)
     """Fewer trusted images than this: INCONCLUSIVE."""
