@@ -83,22 +83,20 @@ def listed(workspace: Path, params: Params) -> list[dict[str, Any]]:
     return rows[::-1]
 
 
-def find_controls(workspace: Path, out: Path, *, model: Path, confounder: Path, trusted_set: Path, min_images: int) -> Found:
+def find_controls(workspace: Path, out: Path, *, model: Path, trusted_set: Path, min_images: int) -> Found:
     """The controls to compare a candidate with, brought to `out` and verified: of its classes, image size and configuration.
 
     Args:
         workspace: with the registry; none is no fault.
         out: gets a folder for each.
         model: the candidate's bundle.
-        confounder: its confounder's, whose card holds the section of stage 1.
         trusted_set: what they will be measured on.
         min_images: of the policy; a control needs half as many trusted images that it was not trained on.
 
     Raises:
         DataError: a control in the remote is missing or altered, or is not what the registry says.
     """
-    card, stage_one = read_card(model), read_card(confounder)
-    wanted = card.model_copy(update={"params": {**card.params, "confounder": stage_one.params.get("confounder", {})}})
+    wanted = read_card(model)
     why = {tag: _mismatch(control, wanted) for tag, control in _stored(workspace)}
     unused = {tag: reason for tag, reason in why.items() if reason}
     bundles: dict[str, Path] = {}

@@ -252,7 +252,7 @@ def evaluate_run(paths: dict[str, Path], out: Path, *, policy: dict[str, Any], s
     undefended = paths["undefended"] if (paths["undefended"] / CARD).is_file() else None
     checked = check_section(Gate, policy, name="gate")
     with tempfile.TemporaryDirectory() as folder:
-        about = {name: paths[name] for name in ("model", "confounder", "trusted_set")}
+        about = {name: paths[name] for name in ("model", "trusted_set")}
         found = find_controls(Path(workspace), Path(folder), **about, min_images=checked.min_images)
         given = {name: paths[name] for name in ("confounder", "evidence", "dataset")}
         compared = Compared(**given, undefended=undefended, champion=champion, truth=read_truth(paths["truth"]), controls=found.bundles)

@@ -10,6 +10,7 @@ from cbd.config import Gate, section_digest
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file
 from cbd.gate import VERDICTS, judge_again
+from components.controls import find_controls
 from components.decision import SignedDecision, read_decision, read_object
 from components.evaluate import EVALUATION, Compared, evaluate
 from components.places import TRUSTED
@@ -77,7 +78,10 @@ def _promoted(workspace: Path, moves: list[Move]) -> list[tuple[str, str, str]]:
 def _judge(
     bundle: Path, signed: SignedDecision, workspace: Path, *, policy: Gate, seed: int, champion: tuple[Path, str] | None
 ) -> dict[str, Any]:
-    """Today's verdict on a verified bundle; the measurements are kept in `retests/<first 12 of the model's digest>/<theirs>`."""
+    """Today's verdict on a verified bundle, beside the clean controls of its configuration if the workspace has them.
+
+    The measurements are kept in `retests/<first 12 of the model's digest>/<theirs>`.
+    """
     digests = signed.content["digests"]
     with tempfile.TemporaryDirectory() as folder:
         stored = find(workspace, digests["trusted"], kind=TRUSTED)
@@ -86,10 +90,13 @@ def _judge(
                 f"{workspace / 'registry'}: trusted set {digests['trusted'][:12]} is not in it; restore it, or: cbd data add --kind trusted"
             )
         fetch(stored.tag, Path(folder) / "trusted", workspace=workspace)
-        place = Path(folder) / "evaluation"
-        evaluate(bundle, Path(folder) / "trusted", place, policy=policy, compared=Compared(champion=champion), seed=seed)
+        place, trusted = Path(folder) / "evaluation", Path(folder) / "trusted"
+        about = {"model": bundle, "trusted_set": trusted, "min_images": policy.min_images}
+        controls = find_controls(workspace, Path(folder) / "controls", **about).bundles
+        compared = Compared(champion=champion, controls=controls)
+        evaluate(bundle, trusted, place, policy=policy, compared=compared, seed=seed)
         evaluation = read_object(place, EVALUATION)
-        scan(bundle, None, Path(folder) / "trusted", place / "scan", policy=policy, seed=seed)
+        scan(bundle, None, trusted, place / "scan", policy=policy, seed=seed, controls=controls)
         scanned, measured = read_object(place / "scan", SCAN), sha256_file(place / EVALUATION)
         searched = sha256_file(place / "scan" / SCAN)
         with replacing(workspace / "retests" / digests["model"][:12] / measured[:12]) as temporary:

@@ -266,5 +266,6 @@ def scan_run(paths: dict[str, Path], out: Path, *, policy: dict[str, Any], seed:
 
     checked = check_section(Gate, policy, name="gate")
     with tempfile.TemporaryDirectory() as folder:
-        controls = find_controls(Path(workspace), Path(folder), **paths, min_images=checked.min_images).bundles
+        about = {name: paths[name] for name in ("model", "trusted_set")}
+        controls = find_controls(Path(workspace), Path(folder), **about, min_images=checked.min_images).bundles
         return scan(paths["model"], paths["confounder"], paths["trusted_set"], out, policy=checked, seed=seed, controls=controls)

@@ -7,7 +7,7 @@ from typing import Any
 
 from kfp import dsl
 
-from cbd.bundle import bundle_digest
+from cbd.bundle import bundle_digest, read_card
 from cbd.config import Params
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file
@@ -61,7 +61,9 @@ def train_deconfounded(
             on_epoch=teller("train_deconfounded", curves),
         )
     with replacing(model) as temporary:
-        save_bundle(trained.model, card_of("deconfounded", data.info, params), temporary)
+        card = card_of("deconfounded", data.info, params)
+        stage_one = read_card(confounder).params["confounder"]  # this step is not told it
+        save_bundle(trained.model, card.model_copy(update={"params": {**card.params, "confounder": stage_one}}), temporary)
         write_history(temporary / "history.jsonl", trained.history)
     with replacing(evidence) as temporary:
         temporary.mkdir()

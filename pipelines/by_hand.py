@@ -118,13 +118,14 @@ def evaluate(model: str, trusted: str, truth: Path | None, out: Path | None, wor
 @click.option("--trusted", type=click.Path(path_type=Path), required=True, help="Trusted set that `cbd ingest` wrote.")
 @click.option("--confounder", type=click.Path(path_type=Path), help="Also search on this confounder.")
 @out_option
+@workspace_option
 @params_options
 @as_json
-def scan(model: Path, trusted: Path, confounder: Path | None, out: Path, as_json: bool, **overrides: Any) -> int:
+def scan(model: Path, trusted: Path, confounder: Path | None, out: Path, workspace: Path, as_json: bool, **overrides: Any) -> int:
     """Search MODEL, a bundle folder, for triggers that nobody knows."""
     from pipelines import steps
 
-    outputs = steps.scan(model, trusted, out, confounder=confounder, params=load(**overrides))
+    outputs = steps.scan(model, trusted, out, confounder=confounder, params=load(**overrides), workspace=workspace)
     return tell(outputs, as_json, f"look at {out / 'triggers.png'}")
 
 

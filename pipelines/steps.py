@@ -111,7 +111,6 @@ def evaluate(model: str, trusted: str, *, params: Params, truth: Path | None, ou
     from cbd.bundle import read_card
     from cbd.dataset import INFO
     from cbd.truth import read_truth
-    from components.controls import find_controls
     from components.evaluate import EVALUATION, Compared
     from components.evaluate import evaluate as measure
     from components.tracking import fetch_model
@@ -128,12 +127,8 @@ def evaluate(model: str, trusted: str, *, params: Params, truth: Path | None, ou
         if not (trusted_set / INFO).is_file():
             trusted_set = Path(folder) / "trusted"
             _take_in(trusted, trusted_set, read_card(bundle).class_names, params)
-        if compared.confounder:
-            about = {"model": bundle, "confounder": compared.confounder, "trusted_set": trusted_set}
-            controls = find_controls(workspace, Path(folder) / "controls", **about, min_images=params.gate.min_images)
-            compared = dataclasses.replace(compared, controls=controls.bundles)
-            for tag, why in controls.unused.items():
-                print(f"not compared with {printable(f'{tag}: {why}')}", file=sys.stderr)
+        controls = _controls(workspace, Path(folder) / "controls", model=bundle, trusted_set=trusted_set, params=params)
+        compared = dataclasses.replace(compared, controls=controls)
         measure(bundle, trusted_set, place, policy=params.gate, compared=compared, seed=params.seed)
         measured: dict[str, Any] = json.loads((place / EVALUATION).read_text())
     shown = ("clean_accuracy", "attack_success_rate", "confounder", "detection", "num_images", "model_digest", "trusted_digest")
@@ -141,11 +136,23 @@ def evaluate(model: str, trusted: str, *, params: Params, truth: Path | None, ou
 
 
 @by_hand()
-def scan(model: Path, trusted_set: Path, out: Path, *, confounder: Path | None, params: Params) -> dict[str, Any]:
+def scan(model: Path, trusted_set: Path, out: Path, *, confounder: Path | None, params: Params, workspace: Path) -> dict[str, Any]:
     """What stands out on a model among triggers that are searched for; the whole is in `out/scan.json`, pictures in `out/triggers.png`."""
     from components.scan import scan as search
 
-    return search(model, confounder, trusted_set, out, policy=params.gate, seed=params.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        controls = _controls(workspace, Path(folder), model=model, trusted_set=trusted_set, params=params)
+        return search(model, confounder, trusted_set, out, policy=params.gate, seed=params.seed, controls=controls)
+
+
+def _controls(workspace: Path, folder: Path, *, model: Path, trusted_set: Path, params: Params) -> list[Path]:
+    """The clean controls of the model's configuration in the workspace, brought to `folder`; others are told on stderr, with the reason."""
+    from components.controls import find_controls
+
+    found = find_controls(workspace, folder, model=model, trusted_set=trusted_set, min_images=params.gate.min_images)
+    for tag, why in found.unused.items():
+        print(f"not compared with {printable(f'{tag}: {why}')}", file=sys.stderr)
+    return found.bundles
 
 
 def _take_in(delivery: str, out: Path, class_names: tuple[str, ...], params: Params) -> None:

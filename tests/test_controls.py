@@ -13,7 +13,7 @@ from delivery_files import png
 from harmless_scan import SCAN
 
 from cbd.bundle import BundleCard, bundle_digest, read_card
-from cbd.config import Deconfounded, Gate, load_params
+from cbd.config import Confounder, Deconfounded, Gate, load_params
 from cbd.control import TRAINED_ON, config_digest, record_of, trained_on
 from cbd.dataset import make_row, read_manifest, to_batches, write_dataset
 from cbd.errors import DataError
@@ -27,6 +27,8 @@ from components.controls import build, describe, find_controls, loaded
 from components.evaluate import Compared, evaluate
 from components.registry import fetch
 from components.scan import scan_run
+from components.train_confounder import train_confounder
+from components.train_deconfounded import train_deconfounded
 from components.version import version_control
 from pipelines.cli import cbd
 
@@ -55,7 +57,7 @@ def bundle(folder: Path, seed: int, **changes: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def stocked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A folder with a trusted set of 60 images, a candidate, its confounder and a workspace; and its controls' tags. Not to be changed.
+    """A workspace and its controls' tags; in a folder with a trusted set of 60 images, candidates and a confounder. Not to be changed.
 
     Five controls match, each trained on the first 20 trusted images; four others do not.
     """
@@ -64,6 +66,7 @@ def stocked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     learned = dataset(folder / "learned", 20)
     bundle(folder / "model", 100, data_digest="d" * 64)
     bundle(folder / "confounder", 101, kind="confounder")
+    bundle(folder / "other", 102, data_digest="e" * 64, params={**SECTIONS, "confounder": {"steps": 3}})
     others: list[dict[str, Any]] = [
         {"class_names": ("ant", "bee", "dog")},
         {"image_size": 8},
@@ -81,7 +84,7 @@ def stocked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 
 
 def found(folder: Path, out: Path, *, workspace: Path | None = None, **changes: Any) -> Any:
-    about = {"model": folder / "model", "confounder": folder / "confounder", "trusted_set": folder / "trusted", "min_images": 20}
+    about = {"model": folder / "model", "trusted_set": folder / "trusted", "min_images": 20}
     return find_controls(workspace or folder / "ws", out, **{**about, **changes})
 
 
@@ -102,7 +105,7 @@ def test_only_controls_of_the_candidates_classes_size_and_configuration_are_used
 
 def test_too_few_controls_or_images_that_they_never_saw_compare_nothing(stocked: tuple[Path, list[str]], tmp_path: Path) -> None:
     folder, tags = stocked
-    few = found(folder, tmp_path / "few", confounder=folder / "control-7")
+    few = found(folder, tmp_path / "few", model=folder / "other")
     assert few.bundles == [] and few.unused[tags[7]] == "one of 1 that match, expected at least 5"
     assert found(folder, tmp_path / "all", min_images=80).bundles
     seen = found(folder, tmp_path / "seen", min_images=81)
@@ -316,3 +319,13 @@ def test_controls_that_contradict_themselves_are_refused(
     with pytest.raises(DataError, match="evaluate the model again") as refused:
         read_evaluation(evaluation)
     assert said in str(refused.value)
+
+
+def test_a_candidates_card_tells_the_settings_of_its_stage_1_though_stage_2_is_not_told_them(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(PARAMS)
+    params, data = load_params(tmp_path / "params.yaml"), dataset(tmp_path / "data", 30)
+    train_confounder(data, tmp_path / "confounder", params=params, checkpoints=tmp_path)
+    untold = params.model_copy(update={"confounder": Confounder()})
+    outputs = {"model": tmp_path / "model", "evidence": tmp_path / "evidence"}
+    train_deconfounded(data, tmp_path / "confounder", params=untold, checkpoints=tmp_path, **outputs)
+    assert config_digest(read_card(tmp_path / "model").params) == config_digest(params.model_dump(mode="json"))

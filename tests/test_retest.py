@@ -16,19 +16,21 @@ from cbd import scan as inversion
 from cbd.audit import LOG, verify_log
 from cbd.bundle import BundleCard, bundle_digest
 from cbd.config import Gate
-from cbd.dataset import make_row, read_info, to_batches, write_dataset
+from cbd.control import MIN_CONTROLS
+from cbd.dataset import make_row, read_batches, read_info, to_batches, write_dataset
 from cbd.errors import DataError
 from cbd.evaluate import BATTERY
 from cbd.files import sha256_file
 from cbd.images import encode_png
 from cbd.models import Network, make_model, save_bundle
 from components.accepted import last_accepted
+from components.controls import describe
 from components.register import register
 from components.retest import _demote, retest
 from components.rollback import rollback
 from components.tracking import champion_bundle, fetch_model, find_aliases, registered_name
 from components.tracking_store import client
-from components.version import version_trusted_set
+from components.version import version_control, version_trusted_set
 
 Make = Callable[..., dict[str, Any]]
 NAME = registered_name("model", CLASSES)
@@ -133,6 +135,14 @@ def promote(workspace: Path, networks: dict[str, Network], trusted_home: Path, m
     return make
 
 
+def some_of(trusted: Path, out: Path, num: int) -> Path:
+    """The first images of a data set as one of their own."""
+    if not out.exists():
+        (batch,) = read_batches(trusted)
+        write_dataset(out, [batch.slice(0, num)], class_names=CLASSES, supplier="trusted")
+    return out
+
+
 def again(workspace: Path, policy: Gate = POLICY, *, demote: bool = False) -> list[dict[str, Any]]:
     return retest(workspace, policy=policy, seed=0, demote=demote)
 
@@ -156,6 +166,23 @@ def test_a_good_model_still_passes_and_the_log_says_so_with_digests(workspace: P
     measured = json.loads(kept.read_text())
     assert measured["num_images"] == 120
     assert champion_bundle(workspace, "model", CLASSES) is not None
+
+
+def test_a_model_is_measured_beside_the_clean_controls_of_its_configuration(
+    workspace: Path, promote: Callable[..., Case], networks: dict[str, Network], trusted_home: Path, tmp_path: Path
+) -> None:
+    promote()
+    about = {"architecture": "wrn-16-1", "class_names": CLASSES, "image_size": SIDE, "data_digest": "c" * 64, "params": {}}
+    for number in range(MIN_CONTROLS):
+        control = tmp_path / f"control-{number}"
+        save_bundle(networks["clean"], BundleCard(kind="deconfounded", trial=False, weights_sha256="", seed=number, **about), control)
+        describe(control, some_of(trusted_home / "set", tmp_path / "learned", 20), false_suspects=0)
+        version_control(control, workspace=str(workspace))
+    (row,) = again(workspace)
+    assert row["passes"], row["sentence"]
+    (kept,) = (workspace / "retests").rglob("evaluation.json")
+    assert json.loads(kept.read_text())["controls"]["count"] == MIN_CONTROLS
+    assert json.loads((kept.parent / "scan" / "scan.json").read_text())["num_controls"] == MIN_CONTROLS
 
 
 def test_a_backdoor_that_was_not_seen_then_is_a_block_now_and_the_champion_is_demoted(
