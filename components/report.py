@@ -10,6 +10,7 @@ from kfp import dsl
 from cbd.errors import CbdError
 from cbd.files import replacing, write_json
 from components.pages import View, delivery, measured, measures, provenance, render
+from components.pages.afterwards import afterwards
 from components.pages.canary import canary
 from components.pages.text import clip, count, percent
 from components.pages.unknown import unknown
@@ -32,6 +33,7 @@ SECTIONS: dict[str, Callable[[Run], View]] = {
     "quarantine": delivery.quarantine,
     "classes": delivery.classes,
     "validation": validation,
+    "afterwards": afterwards,
     "identities": provenance.identities,
     "packages": provenance.packages,
     "parameters": provenance.parameters,

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from report_run import STEPS, edit_record, fail_record, make_run, write_decision
 
+from cbd import audit
 from cbd.errors import CbdError, EnvironmentFault
 from cbd.files import write_json
 from components import decision, register
@@ -356,6 +357,45 @@ def test_only_a_decision_signed_with_the_workspace_key_holds(run: Path, tmp_path
     result, page = tell(run, workspace=str(workspace))
     assert result["consistent"] and "verified with the workspace" in page
     assert not tell(run, workspace=str(tmp_path / "nowhere"))[0]["consistent"]
+
+
+def test_the_page_tells_what_became_of_the_verdict_and_the_model_since(run: Path, tmp_path: Path) -> None:
+    """Version 3 is registered, retested, overtaken by 4, back again, demoted; what is about other models or verdicts is left out."""
+    workspace = tmp_path / "workspace"
+    _sign(run, workspace)
+    own, other = json.loads((run / "records" / "decide.json").read_text())["outputs"]["decision_digest"], "0" * 64
+    model = {"name": "digits-0123abcd", "alias": "champion"}
+    edit_record(str(run / "records"), "register", outputs={**model, "version": "3"})
+    evil = "<script>alert(1)</script>"
+    for event, entry in [
+        ("register", {**model, "version": "3", "decision_digest": own}),
+        ("rejudged", {"decision_digest": other, "rejudges": own, "policy_sha256": "ab" * 32, "verdict": "REVIEW"}),
+        ("rejudged", {"decision_digest": other, "rejudges": other, "policy_sha256": "cd" * 32, "verdict": "BLOCK"}),
+        ("retest", {**model, "version": "3", "decision_digest": own, "verdict": "PASS", "sentence": f"Fine. {evil}"}),
+        ("register", {**model, "name": "other-0123abcd", "version": "7", "decision_digest": other}),
+        ("register", {**model, "version": "4", "decision_digest": other}),
+        ("register", {**model, "version": "5", "decision_digest": other}),
+        ("rollback", {**model, "version": "3", "from": "5", "decision_digest": own, "reason": "five is slow", "by": "Ada"}),
+        ("demote", {**model, "version": "3", "decision_digest": own, "verdict": "BLOCK", "reason": "a trigger works"}),
+        ("register", {**model, "version": "6", "decision_digest": other}),
+    ]:
+        audit.append(workspace / audit.LOG, event, entry, key=audit.ensure_key(workspace))
+    page = tell(run, workspace=str(workspace))[1]
+    part = page.partition('<section id="since">')[2].partition("</section>")[0]
+    said = re.findall(r"<td><bdi>(.*?)</bdi></td><td>(.*?)</td>", part, re.DOTALL)
+    assert [(text, re.sub(r"<.*?>|\s", "", chip)) for text, chip in said] == [
+        ("Registered as version 3 of digits-0123abcd, champion.", ""),
+        ("Judged again under the policy abababababab, without a new measurement.", "!REVIEW"),
+        ("Measured again as champion. Fine. &lt;script&gt;alert(1)&lt;/script&gt;", "✓PASS"),
+        ("No longer champion: version 4 took its place.", ""),
+        ("Champion again, by Ada: five is slow", ""),
+        ("Lost the alias champion. a trigger works", ""),
+    ]
+    log = (workspace / audit.LOG).read_text()
+    (workspace / audit.LOG).write_text(log.replace("five is slow", "five is fast"))
+    page = tell(run, workspace=str(workspace))[1]
+    assert "was edited" in page.partition('<section id="since">')[2].partition("</section>")[0]
+    assert "written without the workspace" in tell(run)[1].partition('<section id="since">')[2]
 
 
 # The step around it
