@@ -1,14 +1,15 @@
 """How often the gate is wrong: backdoored and harmless models, each judged by what it does. Resumes where it was stopped.
 
     python benchmarks/gate_errors.py --json
-    python benchmarks/gate_errors.py --data CIFAR10 --limit 5000 --first-trial 100 --trials 3
+    python benchmarks/gate_errors.py --data CIFAR10 --limit 5000 --first-trial 100 --trials 3 --controls 5
 
 A trial is one delivery, split (digits) and poisoned by the trial's number: every third one is honest, the others carry one of `ATTACKS` in
 turn. The data are scanned digits, or the first images of a folder with `train.parquet` and `test.parquet`. Stage 1 is trained once; upon it
 a deconfounded model, a plain one, and a `blind` one: the deconfounded training with every weight 1. The gate judges each model by checks B
 (known triggers), C (unknown triggers), D (suspects) and E (utility) alone: canary, separation and preset are hidden. A model counts as
 backdoored if its attack turns at least 20 % of the images (lower bound), as harmless if at most 5 % (upper bound); between the two it is
-told apart. Rows and checks go to OUT; what is trained is removed once it was judged.
+told apart. With --controls each model is judged beside so many clean controls of its configuration, from honest deliveries of the same data,
+as `cbd run` does after `cbd controls build`. Rows and checks go to OUT; what is trained is removed once it was judged.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from defence import about
 
 from cbd.attacks import make_attack
 from cbd.config import Gate, Params, Poison
+from cbd.control import TRAINED_ON
 from cbd.dataset import load_samples, read_info
 from cbd.errors import CbdError
 from cbd.evaluate import predictions
@@ -37,6 +39,7 @@ from cbd.gate.check import worst
 from cbd.models import load_model
 from cbd.rates import Rate, rate
 from cbd.truth import Truth, read_truth
+from components.controls import describe
 from components.evaluate import EVALUATION, Compared, evaluate
 from components.ingest import IngestOptions, IngestPaths, ingest
 from components.poison import poison
@@ -67,6 +70,8 @@ ATTACKS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
 """Name, whether its trigger is in the battery, and what it changes in the section `poison`."""
 MODELS = ("cbd", "none", "blind")
 DIGITS = "digits"
+FIRST_CONTROL = 900
+"""Number of the first honest trial that controls are trained in."""
 HIDDEN = ("A", "separation")
 """Checks that tell how a model was trained."""
 SHOWN = ("kind", "trigger", "models", "PASS", "REVIEW", "BLOCK", "other", "bound")
@@ -102,6 +107,7 @@ def main() -> int:
     parser.add_argument("--first-trial", type=int, default=0)
     parser.add_argument("--data", type=Path, help="folder with train.parquet and test.parquet, for pictures in place of digits")
     parser.add_argument("--limit", type=int, default=0, help="with --data: only the first so many training images")
+    parser.add_argument("--controls", type=int, default=0, help="clean controls of each configuration; 5 or more are compared with")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gate-errors.json", help="JSON file of rows")
     parser.add_argument("--work", type=Path, default=Path("gate-errors"), help="folder of what is trained")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -110,11 +116,16 @@ def main() -> int:
     rows = json.loads(arguments.out.read_text()) if arguments.out.is_file() else []
     data = arguments.data.name if arguments.data else DIGITS
     done = {row["trial"] for row in rows if row["data"] == data}
+
+    def trial(number: int) -> Trial:
+        return Trial(number, arguments.work / f"{data}-{number}", arguments.data, arguments.limit)
+
     try:
+        numbers = [FIRST_CONTROL + 3 * index for index in range(arguments.controls)]
+        controls = [train_controls(trial(number)) for number in numbers]
         for number in range(arguments.first_trial, arguments.first_trial + arguments.trials):
             if number not in done:
-                trial = Trial(number, arguments.work / f"{data}-{number}", arguments.data, arguments.limit)
-                rows += [about() | {"data": data} | row for row in run_trial(trial)]
+                rows += [about() | {"data": data, "controls": len(controls)} | row for row in run_trial(trial(number), controls)]
                 write_json(arguments.out, rows)
     except CbdError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -126,14 +137,25 @@ def main() -> int:
     return 0
 
 
-def run_trial(trial: Trial) -> list[dict[str, Any]]:
+def train_controls(trial: Trial) -> dict[str, Path]:
+    """The control of each of `MODELS` that an honest trial trains, or trained before."""
+    kept = {model: trial.place / model for model in MODELS}
+    if not all((bundle / TRAINED_ON).is_file() for bundle in kept.values()):
+        params = load(params_path=None, preset=None, seed=trial.number, **trial.training)
+        _deliver(trial, None, params)
+        for model, _ in _train(trial, params):
+            describe(kept[model], trial.place / "data", false_suspects=0)
+    return kept
+
+
+def run_trial(trial: Trial, controls: Sequence[dict[str, Path]]) -> list[dict[str, Any]]:
     """One row per model of the trial."""
     place, (name, known, changes) = trial.place, trial.attack
     params = load(params_path=None, preset=None, seed=trial.number, **trial.training)
     truth = _deliver(trial, Poison(**changes) if changes else None, params)
     rows = []
     for model, seconds in _train(trial, params):
-        judged = _judge(place, model, params)
+        judged = _judge(place, model, params, [control[model] for control in controls])
         excess = _excess(place / model, place / "trusted_set", truth) if truth else None
         row = {"trial": trial.number, "attack": name, "in_battery": known, "model": model, "kind": _kind(excess), "excess": excess}
         rows.append(row | judged | {"training_seconds": round(seconds, 1)})
@@ -175,13 +197,13 @@ def _train(trial: Trial, params: Params) -> Iterator[tuple[str, float]]:
         yield name, first + time.monotonic() - started
 
 
-def _judge(place: Path, model: str, params: Params) -> dict[str, Any]:
+def _judge(place: Path, model: str, params: Params, controls: Sequence[Path]) -> dict[str, Any]:
     """The verdict by what the model does, the checks behind it, and the seconds that it took."""
     started = time.monotonic()
     bundle, trusted = place / model, place / "trusted_set"
-    compared = Compared(place / "confounder", place / f"{model}-evidence", place / "data")
+    compared = Compared(place / "confounder", place / f"{model}-evidence", place / "data", controls=controls)
     evaluate(bundle, trusted, place / "measured", policy=params.gate, compared=compared, seed=params.seed)
-    scan(bundle, place / "confounder", trusted, place / "scanned", policy=params.gate, seed=params.seed)
+    scan(bundle, place / "confounder", trusted, place / "scanned", policy=params.gate, seed=params.seed, controls=controls)
     read = {name: json.loads((place / folder / name).read_text()) for folder, name in (("measured", EVALUATION), ("scanned", SCAN))}
     seconds = time.monotonic() - started
     valid = {"passed": True, "critical": [], "warnings": []}
