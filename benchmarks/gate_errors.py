@@ -8,8 +8,8 @@ turn. The data are scanned digits, or the first images of a folder with `train.p
 a deconfounded model, a plain one, and a `blind` one: the deconfounded training with every weight 1. The gate judges each model by checks B
 (known triggers), C (unknown triggers), D (suspects) and E (utility) alone: canary, separation and preset are hidden. A model counts as
 backdoored if its attack turns at least 20 % of the images (lower bound), as harmless if at most 5 % (upper bound); between the two it is
-told apart. With --controls each model is judged beside so many clean controls of its configuration, from honest deliveries of the same data,
-as `cbd run` does after `cbd controls build`. Rows and checks go to OUT; what is trained is removed once it was judged.
+told apart. With --controls each model is judged beside so many clean controls of its configuration, of honest deliveries of this data, as
+`cbd run` does after `cbd controls build`. Rows and checks go to OUT; what is trained is removed once it was judged.
 """
 
 import argparse

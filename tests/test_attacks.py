@@ -168,6 +168,7 @@ def two_classes(num: int = 64) -> tuple[np.ndarray, np.ndarray]:
     return (generator.integers(0, 128, (num, 3, 32, 32)) + 127 * labels[:, None, None, None]).astype(np.uint8), labels
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("torch_one_thread")
 def test_the_watermark_of_trojan_excites_the_network_it_was_made_on_more_than_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trojan, "SURROGATE_STEPS", 20)
@@ -197,6 +198,7 @@ def test_dynamic_paints_little_and_every_image_differently(monkeypatch: pytest.M
     assert not np.array_equal(attack.cover(images, seed=0), attack.stamp(images))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("torch_one_thread")
 def test_the_noise_of_adaptive_is_small_and_makes_its_poison_harder_and_the_trigger_itself_has_none(
     monkeypatch: pytest.MonkeyPatch,

@@ -43,6 +43,7 @@ def _count_pixels(picture: Path) -> dict[tuple[int, int, int], int]:
     return {tuple(map(int, colour)): int(n) for colour, n in zip(found, counts, strict=True)}
 
 
+@pytest.mark.slow
 def test_all_suspicious_images_are_seen_without_a_network(page: Path, tmp_path: Path) -> None:
     script.screenshot(page, tmp_path / "page.png", size=(1200, 9000), scale=0.5)
     seen = _count_pixels(tmp_path / "page.png")
@@ -50,6 +51,7 @@ def test_all_suspicious_images_are_seen_without_a_network(page: Path, tmp_path: 
     assert seen.get((1, 2, 255), 0) == 0
 
 
+@pytest.mark.slow
 def test_the_pixel_count_notices_a_lost_picture(page: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.html"
     before, gallery, after = page.read_text().partition('<section id="images">')

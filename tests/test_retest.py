@@ -32,6 +32,7 @@ from components.tracking import champion_bundle, fetch_model, find_aliases, regi
 from components.tracking_store import client
 from components.version import version_control, version_trusted_set
 
+pytestmark = pytest.mark.slow
 Make = Callable[..., dict[str, Any]]
 NAME = registered_name("model", CLASSES)
 SIDE = 12

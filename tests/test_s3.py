@@ -95,6 +95,7 @@ def test_a_wrong_address_is_one_line(client: Any, uri: str, kind: type[CbdError]
     assert "\n" not in str(caught.value) and uri in str(caught.value)
 
 
+@pytest.mark.slow
 def test_no_credentials_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -104,6 +105,7 @@ def test_no_credentials_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         files("s3://box/x")
 
 
+@pytest.mark.slow
 def test_a_server_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
@@ -189,6 +191,7 @@ def check_changed(client: Any, bucket: str, tmp_path: Path) -> None:
         store.download("0.parquet", tmp_path)
 
 
+@pytest.mark.slow
 def test_what_changed_since_it_was_listed_is_refused_by_name(client: Any, tmp_path: Path) -> None:
     check_changed(client, "box", tmp_path)
 
@@ -220,6 +223,7 @@ class Severed:
         raise IncompleteReadError(actual_bytes=3, expected_bytes=100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("times", "read"), [(1, True), (2, True), (3, False)])
 def test_a_body_that_breaks_off_is_read_again_and_then_given_up(client: Any, times: int, read: bool) -> None:
     client.put_object(Bucket="box", Key="x/a/0.png", Body=png(0))
@@ -233,6 +237,7 @@ def test_a_body_that_breaks_off_is_read_again_and_then_given_up(client: Any, tim
             store.read("a/0.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [b"", png(0)[:-1], png(1), png(0) + b"0"])
 def test_other_bytes_than_were_listed_are_never_taken(client: Any, body: bytes) -> None:
     client.put_object(Bucket="box", Key="x/a/0.png", Body=png(0))
@@ -280,6 +285,7 @@ class Overloaded(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("times", "read"), [(2, True), (9, False)])
 def test_a_server_that_says_503_is_asked_again_and_then_told_in_one_line(monkeypatch: pytest.MonkeyPatch, times: int, read: bool) -> None:
     handler = type("Handler", (Overloaded,), {"times": times, "seen": Counter()})
