@@ -42,7 +42,8 @@ def crowded_classes(
     confused with each other, so that no single one stands out so far; labels that a supplier got wrong in one class do look like this.
     The pilot was held back from a class as large as the labels that it learned from made it. Where another view has set some of them
     aside, the rest of the class gets back the log of what it was larger by, in the pilot's last look; without that the honest rest would
-    look contradicted. In all other classes its running preference counts, which jumps less in a class of a few dozen images.
+    look contradicted. It is compared with the last looks at other classes, too: one look contradicts more than a running mean does. In all
+    other classes the running preference counts, which jumps less in a class of a few dozen images.
 
     Args:
         losses: float [N] > 0, the confounder's.
@@ -58,13 +59,14 @@ def crowded_classes(
 
     num = np.bincount(labels[~known], minlength=logits.shape[1])
     probabilities = softmax(logits + np.log(counts.clip(1) / num.clip(1)), axis=1)
-    corrected = probabilities.max(1) - probabilities[np.arange(len(labels)), labels]
-    preferences = np.where((num == counts)[labels], preferences, corrected)
-    contradicted = np.bincount(labels[~known & (preferences > CONTRADICTED)], minlength=len(num))
+    last = probabilities.max(1) - probabilities[np.arange(len(labels)), labels]
+    looks = [np.bincount(labels[~known & (look > CONTRADICTED)], minlength=len(num)) for look in (preferences, last)]
+    contradicted = np.where(num == counts, *looks)
     shares = contradicted / num.clip(1)
     crowds = []
     for label in np.flatnonzero(num >= MIN_CROWD):
-        limit = CROWDED * np.delete(shares, label).max(initial=0.0)
+        others = shares if num[label] == counts[label] else np.maximum(shares, looks[1] / num.clip(1))
+        limit = CROWDED * np.delete(others, label).max(initial=0.0)
         p_value = min(1.0, len(num) * float(binom.sf(contradicted[label] - 1, num[label], min(1.0, max(limit, 1 / num[label])))))
         if p_value > MAX_P_VALUE:
             continue

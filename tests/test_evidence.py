@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,6 +110,16 @@ def test_the_rest_of_a_class_that_was_swollen_by_known_poison_is_not_crowded() -
     assert crowded_classes(losses, preferred(logits, labels), logits, labels, known=known, counts=np.bincount(labels)) == []
     (found,) = crowded_classes(losses, preferred(logits, labels), logits, labels, known=np.zeros(1600, bool), counts=np.bincount(labels))
     assert found.label == 0 and found.share == 1.0
+
+
+def test_a_class_judged_by_the_last_look_is_compared_with_the_last_looks_at_others() -> None:
+    """100 of 200 labels are known, 60 of the rest contradicted. Of another class the mean contradicts 10 of 200, the last look 70."""
+    losses, logits, labels = crowd([60, 10, 6, 10])
+    last, known = crowd([60, 70, 6, 10])[1], (np.arange(800) >= 100) & (np.arange(800) < 200)
+    about: dict[str, Any] = {"known": known, "counts": np.bincount(labels)}
+    (found,) = crowded_classes(losses, preferred(logits, labels), logits, labels, **about)
+    assert found.label == 0 and found.share == 0.6
+    assert crowded_classes(losses, preferred(logits, labels), last, labels, **about) == []
 
 
 def test_groups_of_other_views_are_added_to_a_separation() -> None:
