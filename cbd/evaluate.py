@@ -17,7 +17,7 @@ from cbd.training import predict
 Labels = NDArray[np.int64]
 Control = tuple[Network, NDArray[np.bool_]]
 """A harmless model and, bool [N], which of the trusted images it was not trained on."""
-BATTERY_IMAGES, NULL_IMAGES = 4000, 2000
+BATTERY_IMAGES, NULL_IMAGES = 4000, 1000
 """At most so many images, drawn at random, are tried with the known triggers; and with harmless ones, or on harmless models."""
 
 NEEDLESS = 0.9999
