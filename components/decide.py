@@ -15,6 +15,7 @@ from cbd.errors import DataError
 from cbd.files import sha256_file
 from cbd.gate import decide as judge
 from components.attempts import number_attempt
+from components.attestation import attest_decision
 from components.canary import CANARY, logged
 from components.decision import SCHEMA_VERSION, find_file, read_object, write_decision
 from components.records import kfp_component, step
@@ -206,4 +207,5 @@ def decide_recorded(records: str, parts: tuple[str, ...], out: str, *, policy: d
         subject = Subject(*(Path(part) for part in parts))
         outputs |= decide(subject, Path(out), policy=checked, workspace=Path(workspace), run_id=run_id)
         outputs["paths"] = {"decision": out}
+        outputs["attestation"] = attest_decision(records, Path(out), workspace=workspace)
     return str(outputs["verdict"])
