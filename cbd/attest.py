@@ -6,16 +6,13 @@ is measured, SLSA Verification Summary v1 for what is decided. Envelopes follow 
 
 import base64
 import binascii
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cryptography.hazmat.primitives import serialization
-
-from cbd.audit import PrivateKey, PublicKey
 from cbd.config import canonical_json
 from cbd.errors import DataError
+from cbd.keys import PrivateKey, PublicKey, key_id
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PROVENANCE = "https://slsa.dev/provenance/v1"
@@ -101,12 +98,6 @@ def digests_in(listed: Any) -> dict[str, str]:
     return found
 
 
-def key_name(key: PublicKey) -> str:
-    """The key's id in an envelope: SHA-256 (hex) of its DER SubjectPublicKeyInfo (RFC 5280, section 4.1.2.7)."""
-    form = serialization.PublicFormat.SubjectPublicKeyInfo
-    return hashlib.sha256(key.public_bytes(serialization.Encoding.DER, form)).hexdigest()
-
-
 def seal(statement: Statement, key: PrivateKey) -> bytes:
     """The statement in a DSSE envelope with one signature, both as canonical JSON."""
     from securesystemslib.dsse import Envelope
@@ -114,7 +105,7 @@ def seal(statement: Statement, key: PrivateKey) -> bytes:
 
     envelope = Envelope(canonical_json(statement), PAYLOAD_TYPE, {})
     public = key.public_key()
-    envelope.sign(CryptoSigner(key, SSlibKey.from_crypto(public, keyid=key_name(public))))
+    envelope.sign(CryptoSigner(key, SSlibKey.from_crypto(public, keyid=key_id(public))))
     return canonical_json(envelope.to_dict())
 
 
@@ -140,7 +131,7 @@ def unseal(data: bytes, keys: Sequence[PublicKey], *, told: str) -> Statement:
     if not isinstance(signatures, list) or len(signatures) != 1 or not _is_signature(signatures[0]):
         raise DataError(f"{told}: expected exactly one signature with keyid and sig; restore it")
     payload, _ = (_decode(text, told) for text in (values["payload"], signatures[0]["sig"]))
-    trusted: list[Key] = [SSlibKey.from_crypto(key, keyid=key_name(key)) for key in keys]
+    trusted: list[Key] = [SSlibKey.from_crypto(key, keyid=key_id(key)) for key in keys]
     if signatures[0]["keyid"] not in {key.keyid for key in trusted}:
         raise DataError(f"{told}: signed by key {signatures[0]['keyid'][:12]!r}, which is not trusted; trusted: {_ids(trusted)}")
     try:

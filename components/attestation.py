@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from cbd import attest
-from cbd.audit import ensure_key
 from cbd.bundle import bundle_digest, read_card
 from cbd.config import Gate, canonical_json, check_section, section_digest
 from cbd.dataset import read_info
@@ -19,6 +18,7 @@ from cbd.errors import EnvironmentFault
 from cbd.files import replacing, sha256_file
 from cbd.gate.known import check_triggers
 from cbd.gate.unknown import check_unknown
+from cbd.keys import ensure_key
 from cbd.measurements import read_evaluation
 from cbd.scan_record import read_scan
 from components.decision import DECISION, read_decision, read_object

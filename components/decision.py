@@ -2,21 +2,39 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cbd.audit import LOG, append, ensure_key, load_public_key, sign, verify, verify_log
+from cbd.audit import LOG, Line, append
 from cbd.config import canonical_json
 from cbd.errors import DataError
 from cbd.files import replacing
+from cbd.heads import walk
+from cbd.keys import PublicKey, ensure_key, is_development, key_id, load_public_key, sign, verify
 
 DECISION = "decision.json"
 SIGNATURE = "decision.sig"
 REJUDGES = "rejudges"
 """In a re-judgement alone, which moves no alias: the digest of the run's own decision."""
-SCHEMA_VERSION = 2
-_KEYS = {"schema_version", "run_id", "created", "verdict", "sentence", "checks", "trial", "policy", "policy_sha256", "digests", "attempt"}
+SIGNED_BY = "signed_by"
+"""`key_id`, and `development`: whether that key was made by cbd and lies beside what it signs."""
+SCHEMA_VERSION = 3
+_KEYS = {
+    "schema_version",
+    "run_id",
+    "created",
+    "verdict",
+    "sentence",
+    "checks",
+    "trial",
+    "policy",
+    "policy_sha256",
+    "digests",
+    "attempt",
+    SIGNED_BY,
+}
 _DIGESTS = {"data", "model", "trusted", "evaluation", "validation", "canary", "scan"}
 
 
@@ -34,7 +52,9 @@ def write_decision(decision: dict[str, Any], out: Path, workspace: Path) -> str:
 
     A re-judgement (it names what it `rejudges`) stands in the log under an event of its own, so that it is never taken for a decision.
     """
-    key, data = ensure_key(workspace), canonical_json(decision)
+    key = ensure_key(workspace)
+    signed_by = {"key_id": key_id(key.public_key()), "development": is_development(workspace)}
+    data = canonical_json({**decision, SIGNED_BY: signed_by})
     digest = hashlib.sha256(data).hexdigest()
     with replacing(out) as temporary:
         temporary.mkdir()
@@ -44,41 +64,65 @@ def write_decision(decision: dict[str, Any], out: Path, workspace: Path) -> str:
     entry |= {"trial": decision["trial"], "verdict": decision["verdict"]}
     if REJUDGES in decision:
         entry |= {REJUDGES: decision[REJUDGES], "policy_sha256": decision["policy_sha256"]}
-    append(workspace / LOG, "rejudged" if REJUDGES in decision else "decision", entry, key=key)
+    append(workspace, "rejudged" if REJUDGES in decision else "decision", entry, key=key)
     return digest
 
 
+Signers = dict[tuple[str, str], PublicKey]
+"""Under which key the log names a decision, by event (`decision` or `rejudged`) and digest."""
+
+
+def find_signers(lines: Iterable[Line]) -> Signers:
+    """All decisions that the verified lines of a log name."""
+    named = ((line.entry["event"], line.entry["data"].get("decision_digest"), line.key) for line in lines)
+    return {(event, digest): key for event, digest, key in named if event in ("decision", "rejudged") and digest and key}
+
+
 def read_decision(folder: Path, workspace: Path, *, rejudged: bool = False) -> SignedDecision:
-    """The decision in `folder`, after checking its signature against the workspace's key and that the workspace's log names it.
+    """The decision in `folder`, after checking that the workspace's log names it, and that the key of that time signed it.
 
     Args:
+        folder: with `decision.json` and `decision.sig`.
+        workspace: with the log and the key.
         rejudged: a re-judgement is expected, and not a run's own decision.
 
     Raises:
         DataError: unsigned, signed by another key, malformed, of the other kind, or not in the log; or the log itself was altered.
     """
-    path, key = find_file(folder, DECISION), load_public_key(workspace)
-    if not (folder / SIGNATURE).is_file():
+    find_file(folder, DECISION)
+    return check_decision(folder, find_signers(walk(workspace)), key=load_public_key(workspace), rejudged=rejudged)
+
+
+def check_decision(folder: Path, signers: Signers, *, key: PublicKey, rejudged: bool = False) -> SignedDecision:
+    """As `read_decision`, with a log that was read already; `key` is what signs now."""
+    path = find_file(folder, DECISION)
+    if not (folder / SIGNATURE).is_file() or (folder / SIGNATURE).is_symlink():
         raise DataError(f"{folder}: unsigned: {SIGNATURE} is missing; only a decision that this workspace signed counts")
-    data = path.read_bytes()
-    if not verify(data, (folder / SIGNATURE).read_text(errors="replace").strip(), key):
+    data, event = path.read_bytes(), "rejudged" if rejudged else "decision"
+    digest = hashlib.sha256(data).hexdigest()
+    named = next((found for found in (event, "decision", "rejudged") if (found, digest) in signers), None)
+    signer = signers[named, digest] if named else key
+    if not verify(data, (folder / SIGNATURE).read_bytes().decode(errors="replace").removesuffix("\n"), signer):
         raise DataError(f"{path}: the signature is not this workspace's key over these bytes; decide again in this workspace")
+    content = _content(path, data, rejudged=rejudged)
+    if named is None:
+        raise DataError(f"{path}: {LOG} names no {event} {digest[:12]}; decide again in this workspace")
+    return SignedDecision(content, digest)
+
+
+def _content(path: Path, data: bytes, *, rejudged: bool) -> dict[str, Any]:
+    """What a decision of the expected kind says."""
     content = json.loads(data)
     version = content.get("schema_version") if isinstance(content, dict) else None
     if isinstance(content, dict) and (REJUDGES in content) != rejudged:
         kinds = ("the run's own decision", "a re-judgement under another policy, which moves no alias")
         raise DataError(f"{path}: expected {kinds[rejudged]}, found {kinds[not rejudged]}; give the other one")
-    keys = _KEYS | {REJUDGES} if rejudged else _KEYS
+    keys = _KEYS | {SIGNED_BY} | ({REJUDGES} if rejudged else set())
     if version != SCHEMA_VERSION or set(content) != keys or set(content["digests"]) != _DIGESTS:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         fix = "read it with the version of cbd that made it" if newer else "decide again with this version"
         raise DataError(f"{path}: schema version {version}, expected a decision of schema version {SCHEMA_VERSION}; {fix}")
-    digest = hashlib.sha256(data).hexdigest()
-    entries = verify_log(workspace / LOG, key=key)
-    event = "rejudged" if rejudged else "decision"
-    if not any(entry["event"] == event and entry["data"].get("decision_digest") == digest for entry in entries):
-        raise DataError(f"{path}: {LOG} of {workspace} names no {event} {digest[:12]}; decide again in this workspace")
-    return SignedDecision(content, digest)
+    return dict(content)
 
 
 def find_file(path: Path, name: str) -> Path:

@@ -5,7 +5,7 @@ from typing import Any
 
 from kfp.dsl import Artifact, Input
 
-from cbd.audit import LOG, append, ensure_key
+from cbd.audit import append
 from cbd.bundle import BundleCard, bundle_digest, read_card
 from cbd.errors import DataError
 from components.accepted import last_accepted
@@ -88,7 +88,7 @@ def _log_once(workspace: Path, told: dict[str, Any]) -> None:
     """Appends the event `register`, unless the log says the same and the alias, if any, stands there still."""
     moves = read_moves(workspace, told["name"])
     if {**told, "event": "register"} not in moves or (told["alias"] and holder(moves, told["alias"]) != told["version"]):
-        append(workspace / LOG, "register", told, key=ensure_key(workspace))
+        append(workspace, "register", told)
 
 
 @kfp_component

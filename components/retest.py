@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cbd.audit import LOG, append, ensure_key
+from cbd.audit import append
 from cbd.config import Gate, section_digest
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file
@@ -114,11 +114,11 @@ def _demote(workspace: Path, row: Row) -> bool:
         return False
     if told:
         entry = {key: row[key] for key in ("name", "alias", "version", "verdict", "decision_digest")}
-        append(workspace / LOG, "demote", {**entry, "reason": row["sentence"]}, key=ensure_key(workspace))
+        append(workspace, "demote", {**entry, "reason": row["sentence"]})
     drop_alias(workspace, row["name"], row["alias"])
     return True
 
 
 def _log(workspace: Path, event: str, row: Row, **more: Any) -> None:
     told = {key: value for key, value in row.items() if key not in ("passes", "demoted")}
-    append(workspace / LOG, event, {**told, **more}, key=ensure_key(workspace))
+    append(workspace, event, {**told, **more})

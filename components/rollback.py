@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cbd.audit import LOG, append, ensure_key
+from cbd.audit import LOG, append
 from cbd.errors import ConfigError, DataError
 from components.decision import SignedDecision, read_decision
 from components.standing import Move, holder, read_moves, whole_name, withdrawn
@@ -41,7 +41,7 @@ def rollback(name: str, workspace: Path, *, to: str | None, reason: str, by: str
     signed = _check_version(moves, full_name, version, workspace)
     told = {"name": full_name, "alias": CHAMPION, "version": version, "from": current, "decision_digest": signed.digest}
     if version != current:
-        append(workspace / LOG, "rollback", {**told, "reason": reason, "by": by}, key=ensure_key(workspace))
+        append(workspace, "rollback", {**told, "reason": reason, "by": by})
     if find_aliases(workspace).get((full_name, CHAMPION)) != version:
         set_alias(workspace, full_name, CHAMPION, version)
     return {**told, "moved": version != current, "reason": reason}

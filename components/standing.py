@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cbd.audit import LOG, load_public_key, verify_log
 from cbd.errors import DataError
+from cbd.heads import read_log
 
 EVENTS = ("register", "rollback", "demote")
 Move = dict[str, Any]
@@ -23,10 +23,7 @@ def read_moves(workspace: Path, name: str | None = None) -> list[Move]:
     Raises:
         DataError: the log was altered.
     """
-    if not (workspace / LOG).is_file():
-        return []
-    entries = verify_log(workspace / LOG, key=load_public_key(workspace))
-    moves = [{**entry["data"], "event": entry["event"]} for entry in entries if entry["event"] in EVENTS]
+    moves = [{**entry["data"], "event": entry["event"]} for entry in read_log(workspace) if entry["event"] in EVENTS]
     return [move for move in moves if name in (None, move["name"])]
 
 

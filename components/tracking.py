@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cbd.audit import LOG, locked
+from cbd.audit import LOG
 from cbd.bundle import CARD, WEIGHTS, bundle_digest, read_card
 from cbd.config import canonical_json
 from cbd.errors import ConfigError, DataError
-from cbd.files import replacing
+from cbd.files import locked, replacing
 from components.decision import DECISION, SIGNATURE, read_decision
 from components.standing import Move, holder, read_moves, withdrawn
 from components.tracking_runs import LiveCurves, close_run, log_run, open_run, plain

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
-from cbd.audit import locked
 from cbd.errors import ConfigError, EnvironmentFault
+from cbd.files import locked
 from components.tracking_store import EXPERIMENT, LOCK, artifact_root, client, tracking_uri
 
 if TYPE_CHECKING:

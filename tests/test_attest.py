@@ -15,12 +15,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from decided_case import POLICY, Case, make_case
 
 from cbd import attest
-from cbd.audit import ensure_key
 from cbd.bundle import bundle_digest
 from cbd.config import canonical_json
 from cbd.dataset import read_info
 from cbd.errors import DataError
 from cbd.files import sha256_file
+from cbd.keys import ensure_key, key_id
 from components.attestation import attest_evaluation, attest_scan, attest_training, attest_version, made_with
 from components.decide import decide_step
 
@@ -57,7 +57,7 @@ def forge(statement: Any = STATED, key: ec.EllipticCurvePrivateKey = KEY, **chan
     body = statement if isinstance(statement, bytes) else canonical_json(statement)
     kind = changes.get("payloadType", attest.PAYLOAD_TYPE)
     signature = base64.b64encode(key.sign(pae(kind.encode(), body), ec.ECDSA(hashes.SHA256()))).decode()
-    signed = {"keyid": attest.key_name(key.public_key()), "sig": signature}
+    signed = {"keyid": key_id(key.public_key()), "sig": signature}
     return canonical_json({"payload": base64.b64encode(body).decode(), "payloadType": kind, "signatures": [signed], **changes})
 
 
