@@ -145,6 +145,14 @@ def read_public_key(path: Path) -> PublicKey:
     return from_pem(path.read_bytes(), told=str(path))
 
 
+def read_trusted_keys(place: Path) -> list[PublicKey]:
+    """The public key in a PEM file, or those in the `.pub` files of a folder; raises DataError if there is none or one is malformed."""
+    files = sorted(place.glob("*.pub")) if place.is_dir() else [place]
+    if not files:
+        raise DataError(f"{place}: no public key there; expected files *.pub with P-256 keys in PEM form")
+    return [read_public_key(file) for file in files]
+
+
 def read_private_key(path: Path) -> PrivateKey:
     """The P-256 private key in a PEM file that nobody else may read; raises DataError."""
     if not path.is_file():

@@ -14,6 +14,7 @@ from cbd import attest
 from cbd.bundle import bundle_digest, read_card
 from cbd.config import Gate, canonical_json, check_section, section_digest
 from cbd.dataset import read_info
+from cbd.decision import DECISION
 from cbd.errors import EnvironmentFault
 from cbd.files import replacing, sha256_file
 from cbd.gate.known import check_triggers
@@ -21,7 +22,7 @@ from cbd.gate.unknown import check_unknown
 from cbd.keys import ensure_key
 from cbd.measurements import read_evaluation
 from cbd.scan_record import read_scan
-from components.decision import DECISION, read_decision, read_object
+from components.decision import read_decision, read_object
 from components.git import git
 
 ATTESTATIONS = "attestations"

@@ -11,13 +11,14 @@ from kfp.dsl import Artifact, Input, Output
 from cbd.bundle import bundle_digest, read_card
 from cbd.config import Gate, check_section, section_digest
 from cbd.dataset import DatasetInfo, read_info, verify_dataset
+from cbd.decision import SCHEMA_VERSION
 from cbd.errors import DataError
 from cbd.files import sha256_file
 from cbd.gate import decide as judge
 from components.attempts import number_attempt
 from components.attestation import attest_decision
 from components.canary import CANARY, logged
-from components.decision import SCHEMA_VERSION, find_file, read_object, write_decision
+from components.decision import find_file, read_object, write_decision
 from components.records import kfp_component, step
 from components.scan import SCAN
 
@@ -43,7 +44,7 @@ def decide(subject: Subject, out: Path, *, policy: Gate, workspace: Path, run_id
         EnvironmentFault: the workspace is not writable.
     """
     decision = weigh(subject, policy=policy, workspace=workspace, run_id=run_id)
-    digest = write_decision(decision, out, workspace)
+    digest = write_decision(decision, out, workspace, bundle=subject.model)
     return {"verdict": decision["verdict"], "sentence": decision["sentence"], "decision_digest": digest, "trial": decision["trial"]}
 
 

@@ -3,52 +3,23 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cbd.audit import LOG, Line, append
 from cbd.config import canonical_json
+from cbd.decision import DECISION, REJUDGES, SIGNATURE, SIGNED_BY, SignedDecision, parse_decision
 from cbd.errors import DataError
 from cbd.files import replacing
 from cbd.heads import walk
 from cbd.keys import PublicKey, ensure_key, is_development, key_id, load_public_key, sign, verify
-
-DECISION = "decision.json"
-SIGNATURE = "decision.sig"
-REJUDGES = "rejudges"
-"""In a re-judgement alone, which moves no alias: the digest of the run's own decision."""
-SIGNED_BY = "signed_by"
-"""`key_id`, and `development`: whether that key was made by cbd and lies beside what it signs."""
-SCHEMA_VERSION = 3
-_KEYS = {
-    "schema_version",
-    "run_id",
-    "created",
-    "verdict",
-    "sentence",
-    "checks",
-    "trial",
-    "policy",
-    "policy_sha256",
-    "digests",
-    "attempt",
-    SIGNED_BY,
-}
-_DIGESTS = {"data", "model", "trusted", "evaluation", "validation", "canary", "scan"}
+from cbd.model_signature import MODEL_SIGNATURE, sign_model
 
 
-@dataclass(frozen=True, slots=True)
-class SignedDecision:
-    """A decision whose signature holds and whose digest stands in the workspace's log."""
-
-    content: dict[str, Any]
-    digest: str
-    """SHA-256 (hex) of the bytes of `decision.json`."""
-
-
-def write_decision(decision: dict[str, Any], out: Path, workspace: Path) -> str:
+def write_decision(decision: dict[str, Any], out: Path, workspace: Path, *, bundle: Path | None = None) -> str:
     """Writes the signed decision into the folder `out` and its digest into the workspace's log; returns the digest.
+
+    With the `bundle` that was decided on, the signature of both together goes there, too.
 
     A re-judgement (it names what it `rejudges`) stands in the log under an event of its own, so that it is never taken for a decision.
     """
@@ -60,6 +31,8 @@ def write_decision(decision: dict[str, Any], out: Path, workspace: Path) -> str:
         temporary.mkdir()
         (temporary / DECISION).write_bytes(data)
         (temporary / SIGNATURE).write_text(sign(data, key) + "\n")
+        if bundle is not None:
+            sign_model(bundle, temporary, temporary / MODEL_SIGNATURE, key)
     entry = {"decision_digest": digest, "digests": decision["digests"], "run_id": decision["run_id"], "attempt": decision["attempt"]}
     entry |= {"trial": decision["trial"], "verdict": decision["verdict"]}
     if REJUDGES in decision:
@@ -104,25 +77,10 @@ def check_decision(folder: Path, signers: Signers, *, key: PublicKey, rejudged: 
     signer = signers[named, digest] if named else key
     if not verify(data, (folder / SIGNATURE).read_bytes().decode(errors="replace").removesuffix("\n"), signer):
         raise DataError(f"{path}: the signature is not this workspace's key over these bytes; decide again in this workspace")
-    content = _content(path, data, rejudged=rejudged)
+    content = parse_decision(path, data, rejudged=rejudged)
     if named is None:
         raise DataError(f"{path}: {LOG} names no {event} {digest[:12]}; decide again in this workspace")
     return SignedDecision(content, digest)
-
-
-def _content(path: Path, data: bytes, *, rejudged: bool) -> dict[str, Any]:
-    """What a decision of the expected kind says."""
-    content = json.loads(data)
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if isinstance(content, dict) and (REJUDGES in content) != rejudged:
-        kinds = ("the run's own decision", "a re-judgement under another policy, which moves no alias")
-        raise DataError(f"{path}: expected {kinds[rejudged]}, found {kinds[not rejudged]}; give the other one")
-    keys = _KEYS | {SIGNED_BY} | ({REJUDGES} if rejudged else set())
-    if version != SCHEMA_VERSION or set(content) != keys or set(content["digests"]) != _DIGESTS:
-        newer = isinstance(version, int) and version > SCHEMA_VERSION
-        fix = "read it with the version of cbd that made it" if newer else "decide again with this version"
-        raise DataError(f"{path}: schema version {version}, expected a decision of schema version {SCHEMA_VERSION}; {fix}")
-    return dict(content)
 
 
 def find_file(path: Path, name: str) -> Path:

@@ -7,9 +7,10 @@ from kfp.dsl import Artifact, Input
 
 from cbd.audit import append
 from cbd.bundle import BundleCard, bundle_digest, read_card
+from cbd.decision import SignedDecision
 from cbd.errors import DataError
 from components.accepted import last_accepted
-from components.decision import SignedDecision, read_decision
+from components.decision import read_decision
 from components.records import kfp_component, step
 from components.standing import holder, read_moves, withdrawn
 from components.tracking import check_reachable, find_version, log_run, register_bundle, registered_name, set_alias

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from cbd.config import Gate
+from cbd.decision import DECISION, REJUDGES, SIGNED_BY, SignedDecision
 from cbd.errors import DataError
 from components.decide import Subject, weigh
-from components.decision import DECISION, REJUDGES, SIGNED_BY, SignedDecision, read_decision, write_decision
+from components.decision import read_decision, write_decision
 
 
 def rejudge(subject: Subject, decision: Path, out: Path, *, policy: Gate, workspace: Path, run_id: str) -> dict[str, Any]:

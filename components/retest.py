@@ -7,16 +7,18 @@ from typing import Any
 
 from cbd.audit import append
 from cbd.config import Gate, section_digest
+from cbd.decision import SignedDecision
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file
 from cbd.gate import VERDICTS, judge_again
-from components.decision import SignedDecision, read_decision, read_object
+from cbd.serving import DEMANDED
+from components.decision import read_decision, read_object
 from components.evaluate import EVALUATION, Compared, evaluate
 from components.places import TRUSTED
 from components.registry import fetch, find
 from components.scan import SCAN, scan
 from components.standing import Move, holder, read_moves
-from components.tracking import DEMANDED, check_reachable, drop_alias, fetch_model, find_aliases
+from components.tracking import check_reachable, drop_alias, fetch_model, find_aliases
 
 Row = dict[str, Any]
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from cbd.audit import LOG, append
+from cbd.decision import SignedDecision
 from cbd.errors import ConfigError, DataError
-from components.decision import SignedDecision, read_decision
+from components.decision import read_decision
 from components.standing import Move, holder, read_moves, whole_name, withdrawn
 from components.tracking import check_reachable, fetch_model, find_aliases, set_alias
 
