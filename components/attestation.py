@@ -22,6 +22,7 @@ from cbd.gate.unknown import check_unknown
 from cbd.keys import ensure_key
 from cbd.measurements import read_evaluation
 from cbd.scan_record import read_scan
+from components.bom import BOM, bill
 from components.decision import read_decision, read_object
 from components.git import git
 
@@ -62,14 +63,25 @@ def attest_scan(records: str, result: Path, *, model: Path, trusted_set: Path, p
 
 
 def attest_decision(records: str, decision: Path, *, workspace: str) -> str:
-    """The digest of the attestation of the verdict, which names all attestations of the run that were there."""
+    """The digest of the attestation of the verdict, which names all attestations of the run that were there, and the bill of materials."""
     signed = read_decision(decision, Path(workspace))
     content, digests = signed.content, signed.content["digests"]
     subjects = {DECISION: signed.digest, "dataset": digests["data"], "model": digests["model"]}
+    if (decision / BOM).is_file():
+        subjects[BOM] = sha256_file(decision / BOM)
     inputs = {path.name: sha256_file(path) for path in folder_of(records).glob("*.json") if path.stem != "decide"}
     about = {"run_id": content["run_id"], "created": content["created"], "version": importlib.metadata.version("cbd")}
     judged = {"verdict": content["verdict"], "policy_sha256": content["policy_sha256"]}
     return _write(records, "decide", workspace, attest.summary(subjects=subjects, inputs=inputs, **judged, **about))
+
+
+def write_bom(decision: Path, *, bundle: Path, dataset: Path, trusted_set: Path, evaluation: Path) -> None:
+    """Writes the model's bill of materials beside its decision, which it is about."""
+    sets = {"dataset": read_info(dataset), "trusted set": read_info(trusted_set)}
+    told = {"evaluation": read_object(evaluation, "evaluation.json"), "decision": read_object(decision, DECISION)}
+    found = bill(read_card(bundle), sets, **told, made_with=made_with(), lock=_ROOT / "requirements.lock")
+    with replacing(decision / BOM) as temporary:
+        temporary.write_bytes(canonical_json(found))
 
 
 def folder_of(records: str) -> Path:

@@ -16,7 +16,7 @@ from cbd.errors import DataError
 from cbd.files import sha256_file
 from cbd.gate import decide as judge
 from components.attempts import number_attempt
-from components.attestation import attest_decision
+from components.attestation import attest_decision, write_bom
 from components.canary import CANARY, logged
 from components.decision import find_file, read_object, write_decision
 from components.records import kfp_component, step
@@ -208,5 +208,8 @@ def decide_recorded(records: str, parts: tuple[str, ...], out: str, *, policy: d
         subject = Subject(*(Path(part) for part in parts))
         outputs |= decide(subject, Path(out), policy=checked, workspace=Path(workspace), run_id=run_id)
         outputs["paths"] = {"decision": out}
+        if subject.model and subject.evaluation:
+            sets = {"dataset": subject.dataset, "trusted_set": subject.trusted_set}
+            write_bom(Path(out), bundle=subject.model, evaluation=subject.evaluation, **sets)
         outputs["attestation"] = attest_decision(records, Path(out), workspace=workspace)
     return str(outputs["verdict"])

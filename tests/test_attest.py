@@ -204,8 +204,8 @@ def test_the_steps_of_a_run_attest_digests_that_lead_from_data_to_verdict(tmp_pa
     folder = case.workspace / case.run_id / "attestations"
     others = {path.name: sha256_file(path) for path in folder.glob("*.json") if path.name != "decide.json"}
     assert attest.digests_in(decided["inputAttestations"]) == others and len(others) == 4
-    decision = sha256_file(case.decision / "decision.json")
-    assert attest.digests_in(attested(case, "decide")["subject"]) == {"decision.json": decision, "dataset": data, "model": model}
+    told = {name: sha256_file(case.decision / name) for name in ("decision.json", "bom.cdx.json")}
+    assert attest.digests_in(attested(case, "decide")["subject"]) == told | {"dataset": data, "model": model}
 
 
 def test_the_image_is_named_where_the_cluster_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
