@@ -25,8 +25,11 @@ from cbd.keys import (
     from_pem,
     key_id,
     read_private_key,
+    read_public_key,
     sign,
+    to_pem,
     verify,
+    write_private_key,
     write_public_key,
 )
 from cbd.lines import complete_end, last_line, write_line
@@ -88,6 +91,38 @@ def append(workspace: Path, event: str, data: dict[str, Any], *, key: PrivateKey
                 write_line(file, last)
             entry = _seal(event, data, last, signing)
             write_line(file, entry)
+            return entry
+    except OSError as error:
+        raise disk_fault(log, error) from None
+
+
+def rotate(workspace: Path, new: PrivateKey, data: dict[str, Any], *, own: bool) -> Entry:
+    """The log's new last entry, by which the key that signed until now hands over to `new` and signs no more.
+
+    A key that lay in the workspace is removed. A crash at any point leaves either key in charge, and the next entry tidies up.
+
+    Args:
+        workspace: with the log and the key.
+        new: signs from the next entry on.
+        data: why, and by whom.
+        own: keep `new` in the workspace, as a development key.
+
+    Raises:
+        DataError, EnvironmentFault: as `append`.
+    """
+    log, folder = workspace / LOG, workspace / KEYS
+    try:
+        with locked(log) as file:
+            end, torn = complete_end(file)
+            if torn:
+                raise DataError(f"{log}: the last line is torn by a crash; the next run tidies it up, rotate after it")
+            last, signing = last_entry(workspace, file, end)
+            if own:
+                write_private_key(folder / NEXT, new)
+            keys = {"from": to_pem(signing.public_key()), "to": to_pem(new.public_key()), "key_id": key_id(new.public_key())}
+            entry = _seal(ROTATE, {**data, **keys}, last, signing)
+            write_line(file, entry)
+            _finish_rotation(workspace, entry)
             return entry
     except OSError as error:
         raise disk_fault(log, error) from None
@@ -158,9 +193,9 @@ def last_entry(workspace: Path, file: int, end: int) -> tuple[Entry | None, Priv
     text = last_line(file, end)
     try:
         last = parse_line(text) if text else None
+        _finish_rotation(workspace, last)
     except ValueError as error:
         raise DataError(f"{workspace / LOG}: the last line {error}; restore the log from a copy") from None
-    _finish_rotation(workspace, last)
     return last, ensure_key(workspace)
 
 
@@ -173,26 +208,34 @@ def _key_after(entry: Entry, current: PublicKey | None) -> PublicKey | None:
     """What signs after this entry: another key after a rotation; raises ValueError if that hands over from another key than `current`."""
     if current is None or entry["event"] != ROTATE:
         return current
-    try:
-        before, after = (from_pem(str(entry["data"].get(name)), told=name) for name in ("from", "to"))
-    except DataError as error:
-        raise ValueError(f"is no rotation: {error}") from None
+    before, after = _handed_over(entry)
     if key_id(before) != key_id(current) or entry["data"].get("key_id") != key_id(after):
         raise ValueError("hands over from another key than the one that signed it")
     return after
 
 
 def _finish_rotation(workspace: Path, last: Entry | None) -> None:
-    """Puts the next key in place if the last entry names it: a crash came between. One that the log does not name goes."""
-    path, folder = workspace / KEYS / NEXT, workspace / KEYS
-    if not path.exists():
+    """Puts the keys in place that the last entry, if it is a rotation, hands over to: a crash may have come between."""
+    folder = workspace / KEYS
+    following, private, public = (folder / name for name in (NEXT, PRIVATE, PUBLIC))
+    if last is None or last["event"] != ROTATE or not public.exists():
+        following.unlink(missing_ok=True)
         return
-    public = read_private_key(path).public_key()
-    if last is None or last["event"] != ROTATE or last["data"].get("key_id") != key_id(public):
-        path.unlink()
-        return
-    write_public_key(folder / PUBLIC, public)
-    os.replace(path, folder / PRIVATE)
+    before, after = _handed_over(last)
+    if key_id(read_public_key(public)) == key_id(before) and verify(bytes.fromhex(last["hash"]), last["signature"], before):
+        write_public_key(public, after)
+    if following.exists() and key_id(read_private_key(following).public_key()) == key_id(after):
+        os.replace(following, private)
+    elif private.exists() and key_id(read_private_key(private).public_key()) == key_id(before):
+        private.unlink()
+
+
+def _handed_over(entry: Entry) -> tuple[PublicKey, PublicKey]:
+    """The keys before and after a rotation; raises ValueError if the entry does not hold them."""
+    try:
+        return from_pem(str(entry["data"].get("from")), told="from"), from_pem(str(entry["data"].get("to")), told="to")
+    except DataError as error:
+        raise ValueError(f"is no rotation: {error}") from None
 
 
 def _first_key(log: Path, key: PublicKey | None) -> PublicKey | None:
