@@ -14,6 +14,7 @@ from cbd.dataset import DatasetInfo, read_info, verify_dataset
 from cbd.errors import DataError
 from cbd.files import sha256_file
 from cbd.gate import decide as judge
+from components.anchors import close_log
 from components.attempts import number_attempt
 from components.canary import CANARY, logged
 from components.decision import SCHEMA_VERSION, find_file, read_object, write_decision
@@ -205,5 +206,6 @@ def decide_recorded(records: str, parts: tuple[str, ...], out: str, *, policy: d
         checked = check_section(Gate, policy, name="gate")
         subject = Subject(*(Path(part) for part in parts))
         outputs |= decide(subject, Path(out), policy=checked, workspace=Path(workspace), run_id=run_id)
+        close_log(Path(workspace))
         outputs["paths"] = {"decision": out}
     return str(outputs["verdict"])
