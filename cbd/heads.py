@@ -5,7 +5,7 @@ A head that is kept where the log's owner cannot change it shows a log that was 
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def walk(workspace: Path) -> Iterator[Line]:
         if heads:
             raise DataError(f"{log}: missing, and {HEADS} beside it says that it had {heads[-1]['size']} lines; restore it from a copy")
         return
-    matching = Matching(heads, told=str(workspace / HEADS))
+    matching = Matching((str(workspace / HEADS), head) for head in heads)
     for line in walk_lines(log, key=load_public_key(workspace)):
         matching.add(line)
         yield line
@@ -51,32 +51,31 @@ def walk(workspace: Path) -> Iterator[Line]:
 class Matching:
     """Compares a log that is walked through with heads: each must be over the log's first lines, signed by the key of its time."""
 
-    def __init__(self, heads: Sequence[Head], *, told: str) -> None:
-        """`told` is where the heads were found, for messages."""
-        self._heads = sorted(heads, key=lambda head: int(head["size"]))
-        self._told = told
+    def __init__(self, heads: Iterable[tuple[str, Head]]) -> None:
+        """`heads` come with the place where each was found."""
+        self._heads = sorted(heads, key=lambda found: int(found[1]["size"]))
         self._tree = Growing()
         self._num_matched = 0
 
     def add(self, line: Line) -> None:
         """Takes the next line; raises DataError if a head of the size up to here says something else."""
         self._tree.add(line.leaf)
-        while self._num_matched < len(self._heads) and self._heads[self._num_matched]["size"] <= self._tree.size:
-            self._check(self._heads[self._num_matched], line.following)
+        while self._num_matched < len(self._heads) and self._heads[self._num_matched][1]["size"] <= self._tree.size:
+            self._check(*self._heads[self._num_matched], line.following)
             self._num_matched += 1
 
     def finish(self) -> int:
         """How many heads agree with the log; raises DataError if one is over more lines than there are."""
         if self._num_matched < len(self._heads):
-            head = self._heads[-1]
+            place, head = self._heads[-1]
             raise DataError(
-                f"{self._told}: the head of {head['time']} is over {head['size']} lines, the log has {self._tree.size}: it was cut off; "
+                f"{place}: the head of {head['time']} is over {head['size']} lines, the log has {self._tree.size}: it was cut off; "
                 "restore the log from a copy"
             )
         return self._num_matched
 
-    def _check(self, head: Head, key: PublicKey | None) -> None:
-        about = f"{self._told}: the head of {head['time']} over {head['size']} lines"
+    def _check(self, place: str, head: Head, key: PublicKey | None) -> None:
+        about = f"{place}: the head of {head['time']} over {head['size']} lines"
         if key is not None and not is_by(head, key):
             raise DataError(f"{about} was not signed by the key of that time, {key_id(key)[:12]}; restore the heads from a copy")
         if head["size"] != self._tree.size or head["root"] != self._tree.root().hex():

@@ -15,6 +15,7 @@ from cbd.decision import SCHEMA_VERSION
 from cbd.errors import DataError
 from cbd.files import sha256_file
 from cbd.gate import decide as judge
+from components.anchors import close_log
 from components.attempts import number_attempt
 from components.attestation import attest_decision, write_bom
 from components.canary import CANARY, logged
@@ -207,6 +208,7 @@ def decide_recorded(records: str, parts: tuple[str, ...], out: str, *, policy: d
         checked = check_section(Gate, policy, name="gate")
         subject = Subject(*(Path(part) for part in parts))
         outputs |= decide(subject, Path(out), policy=checked, workspace=Path(workspace), run_id=run_id)
+        close_log(Path(workspace))
         outputs["paths"] = {"decision": out}
         if subject.model and subject.evaluation:
             sets = {"dataset": subject.dataset, "trusted_set": subject.trusted_set}

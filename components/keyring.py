@@ -18,6 +18,7 @@ from cbd.keys import (
     read_public_key,
     write_public_key,
 )
+from components.anchors import close_log
 
 TRUSTED = "trusted"
 """Folder beside the keys: `<key id>.pub` of others whose proofs and bundles are believed here."""
@@ -43,6 +44,8 @@ def rotate_key(workspace: Path, *, to: Path | None, reason: str, by: str) -> dic
     if (found := key_id(new.public_key())) in known:
         raise DataError(f"{to}: key {found[:12]} signs here or did before, and a revoked key never signs again; give a new one")
     entry = rotate(workspace, new, {"reason": reason, "by": by}, own=to is None)
+    if to is None and is_development(workspace):
+        close_log(workspace)
     following = f"export {ENVIRONMENT}={to.resolve()}" if to else f"unset {ENVIRONMENT}"
     return {"key_id": found, "line": entry["seq"], "time": entry["time"], "development": to is None, "following": following}
 

@@ -10,6 +10,7 @@ from cbd.bundle import BundleCard, bundle_digest, read_card
 from cbd.decision import SignedDecision
 from cbd.errors import DataError
 from components.accepted import last_accepted
+from components.anchors import TAG, close_log, told
 from components.decision import read_decision
 from components.records import kfp_component, step
 from components.standing import holder, read_moves, withdrawn
@@ -138,6 +139,7 @@ def register_recorded(
         content = read_decision(decision, place).content
         checks = {check["name"]: check["value"] for check in content["checks"] if check["value"] is not None}
         tags = {"cbd.verdict": content["verdict"], "cbd.revision": revision, "cbd.data_digest": content["digests"]["data"]}
+        tags[TAG] = told(close_log(place))
         log_run(place, run_id, metrics=checks, tags=tags, artifacts=[decision, evidence])
         listed = {"data_digest": content["digests"]["data"], "model_digest": content["digests"]["model"], "run_id": run_id}
         outputs["suspects_tag"] = version_suspects(evidence / EVIDENCE, workspace=workspace, **listed)["tag"]

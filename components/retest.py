@@ -12,6 +12,7 @@ from cbd.errors import DataError
 from cbd.files import replacing, sha256_file
 from cbd.gate import VERDICTS, judge_again
 from cbd.serving import DEMANDED
+from components.anchors import close_log
 from components.decision import read_decision, read_object
 from components.evaluate import EVALUATION, Compared, evaluate
 from components.places import TRUSTED
@@ -117,6 +118,7 @@ def _demote(workspace: Path, row: Row) -> bool:
     if told:
         entry = {key: row[key] for key in ("name", "alias", "version", "verdict", "decision_digest")}
         append(workspace, "demote", {**entry, "reason": row["sentence"]})
+        close_log(workspace)
     drop_alias(workspace, row["name"], row["alias"])
     return True
 

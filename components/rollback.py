@@ -7,6 +7,7 @@ from typing import Any
 from cbd.audit import LOG, append
 from cbd.decision import SignedDecision
 from cbd.errors import ConfigError, DataError
+from components.anchors import close_log
 from components.decision import read_decision
 from components.standing import Move, holder, read_moves, whole_name, withdrawn
 from components.tracking import check_reachable, fetch_model, find_aliases, set_alias
@@ -43,6 +44,7 @@ def rollback(name: str, workspace: Path, *, to: str | None, reason: str, by: str
     told = {"name": full_name, "alias": CHAMPION, "version": version, "from": current, "decision_digest": signed.digest}
     if version != current:
         append(workspace, "rollback", {**told, "reason": reason, "by": by})
+        close_log(workspace)
     if find_aliases(workspace).get((full_name, CHAMPION)) != version:
         set_alias(workspace, full_name, CHAMPION, version)
     return {**told, "moved": version != current, "reason": reason}

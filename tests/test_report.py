@@ -16,8 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from report_run import STEPS, edit_record, fail_record, make_run, write_decision
 
+from cbd.config import canonical_json
 from cbd.errors import CbdError, EnvironmentFault
 from cbd.files import write_json
+from cbd.heads import read_heads
 from components import decision, register
 from components import summary as told
 from components.charts import bar, histogram, interval, nice, ticks
@@ -52,7 +54,8 @@ def tell(run: Path, **options: Any) -> tuple[dict[str, Any], str]:
 def _sign(run: Path, workspace: Path) -> None:
     """Signs the run's decision with the key of a workspace, and enters it into the log there."""
     folder = run / "kfp" / "decision"
-    decision.write_decision(json.loads((folder / "decision.json").read_text()), folder, workspace)
+    digest = decision.write_decision(json.loads((folder / "decision.json").read_text()), folder, workspace)
+    edit_record(str(run / "records"), "decide", outputs={"decision_digest": digest})
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -366,7 +369,7 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The calls to the tracking module, which is stood in for: importing MLflow costs seconds."""
     calls: list[tuple[Any, ...]] = []
     module = types.ModuleType("components.tracking")
-    module.close_run = lambda workspace, run_id, *, status, artifacts: calls.append((run_id, status, artifacts))  # type: ignore[attr-defined]
+    module.close_run = lambda workspace, run_id, *, status, artifacts, tags: calls.append((run_id, status, artifacts, tags))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "components.tracking", module)
     return calls
 
@@ -379,7 +382,8 @@ def test_the_step_can_be_imported_inside_a_task() -> None:
 def test_the_step_closes_the_tracking_run_with_the_page(run: Path, tmp_path: Path, closed: list[tuple[Any, ...]]) -> None:
     _sign(run, tmp_path / "w")
     close(str(run / "records"), workspace=str(tmp_path / "w"), run_id="run-1")
-    assert closed == [("run-1", "FINISHED", [run / "report.html", run / "result.json"])]
+    head = read_heads(tmp_path / "w" / "heads.jsonl")[-1]
+    assert closed == [("run-1", "FINISHED", [run / "report.html", run / "result.json"], {"cbd.log_head": canonical_json(head).decode()})]
     record = json.loads((run / "records" / "report.json").read_text())
     assert record["status"] == "succeeded" and record["outputs"]["consistent"] is True
     assert "report" in json.loads((run / "result.json").read_text())["seconds"]

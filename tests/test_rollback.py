@@ -14,6 +14,7 @@ from cbd.audit import LOG, append, verify_log
 from cbd.bundle import bundle_digest
 from cbd.dataset import read_info
 from cbd.errors import ConfigError, DataError
+from cbd.heads import HEADS
 from components.accepted import decided, last_accepted
 from components.register import register
 from components.rollback import rollback
@@ -171,6 +172,9 @@ def test_a_removed_log_line_is_refused(workspace: Path, two: tuple[Case, Case]) 
     back(workspace)
     lines = (workspace / LOG).read_bytes().splitlines(keepends=True)
     (workspace / LOG).write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(DataError, match="head .* is over 5 lines, the log has 4: it was cut off"):
+        fetch_model(f"models:/{NAME}@champion", workspace)
+    (workspace / HEADS).unlink()
     with pytest.raises(DataError, match="the alias was moved"):
         fetch_model(f"models:/{NAME}@champion", workspace)
     (workspace / LOG).write_bytes(b"".join(lines[:2] + lines[3:]))
