@@ -139,7 +139,8 @@ def unseal(data: bytes, keys: Sequence[PublicKey], *, told: str) -> Statement:
     except VerificationError:
         raise DataError(f"{told}: altered: the signature is not its key's over this content; restore it") from None
     statement = _canonical(payload, told)
-    if statement.get("_type") != STATEMENT or not isinstance(statement.get("predicate"), dict):
+    parts = isinstance(statement.get("subject"), list), isinstance(statement.get("predicate"), dict), "predicateType" in statement
+    if statement.get("_type") != STATEMENT or not all(parts):
         raise DataError(f"{told}: expected an in-toto Statement v1, found {statement.get('_type')!r}; restore it")
     return statement
 

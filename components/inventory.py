@@ -38,6 +38,7 @@ def take_inventory(run_dir: Path, records: dict[str, dict[str, Any]]) -> tuple[I
     }
     places = [run_dir / path for path in artifacts.values()]
     places += [path for path in (run_dir / "records").glob("*.json") if path.name != "report.json"]
+    places += sorted((run_dir / "attestations").glob("*.json"))
     files = {path.relative_to(run_dir).as_posix(): sha256_file(path) for place in places for path in _files(place)}
     content = canonical_json({"schema_version": 1, "run_id": run_dir.name, "artifacts": artifacts, "files": files})
     with replacing(run_dir / INVENTORY) as temporary:

@@ -11,7 +11,7 @@ from cbd.decision import SignedDecision
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file
 from cbd.gate import VERDICTS, judge_again
-from cbd.serving import DEMANDED
+from cbd.signed_model import DEMANDED
 from components.anchors import close_log
 from components.decision import read_decision, read_object
 from components.evaluate import EVALUATION, Compared, evaluate

@@ -22,7 +22,7 @@ from cbd.files import locked, replacing
 from cbd.heads import walk
 from cbd.keys import load_public_key
 from cbd.model_signature import MODEL_SIGNATURE, SIGNED_FILES
-from cbd.serving import check_model, check_verdict, copy_signed
+from cbd.signed_model import check_model, check_verdict, copy_signed
 from components.decision import check_decision, find_signers
 from components.standing import Move, holder, read_moves, withdrawn
 from components.tracking_runs import LiveCurves, close_run, log_run, open_run, plain

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from pipelines.holding import by_option, reason_option
-from pipelines.options import WORKSPACE, as_json, tell, workspace_option
+from pipelines.options import WORKSPACE, as_json, new_place, tell, workspace_option
 
 
 @click.group()
@@ -52,8 +52,38 @@ def trust(file: Path, remove: bool, workspace: Path, as_json: bool) -> int:
     return tell(trust_key(workspace.resolve(), file, remove=remove), as_json, f"cbd keys list{_place(workspace)}")
 
 
+@click.group()
+def audit() -> None:
+    """The evidence: verify, export."""
+
+
+@audit.command()
+@click.argument("subject", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--trust", type=click.Path(path_type=Path), multiple=True, help="Public key that must have signed; may be repeated.")
+@as_json
+def verify(subject: Path, trust: tuple[Path, ...], as_json: bool) -> int:
+    """Check every byte of DIR, which `cbd audit export` wrote, offline; the first thing that is wrong is named."""
+    from pipelines import exporting
+
+    signature = subject / "model" / "model.sig"
+    following = f"model_signing verify key {signature.parent} --signature {signature} --public_key KEY.pub"
+    return tell(exporting.verify(subject, trust), as_json, following)
+
+
+@audit.command()
+@click.argument("run")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@workspace_option
+@as_json
+def export(run: str, out: Path, workspace: Path, as_json: bool) -> int:
+    """The evidence on RUN, a run id or its folder, as one signed folder that proves itself to whoever has the public key."""
+    from pipelines import exporting
+
+    return tell(exporting.export(run, workspace, new_place(out)), as_json, f"cbd audit verify {out} --trust KEY.pub")
+
+
 def _place(workspace: Path) -> str:
     return "" if workspace == WORKSPACE else f" --workspace {workspace}"
 
 
-COMMANDS = (keys,)
+COMMANDS = (audit, keys)

@@ -21,7 +21,7 @@ from cbd.errors import CbdError, ConfigError, DataError
 from cbd.files import sha256_file
 from cbd.keys import ensure_key, key_id, sign
 from cbd.model_signature import MODEL_SIGNATURE, SIGNED_FILES, sign_model
-from cbd.serving import check_model, check_verdict
+from cbd.signed_model import check_model, check_verdict
 
 Make = Callable[..., dict[str, Any]]
 
