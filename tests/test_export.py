@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from command import cbd
 from cryptography.hazmat.primitives.asymmetric import ec
-from decided_case import POLICY, Case, make_bundle, make_case, record
+from decided_case import POLICY, make_case, record
+from exported_run import run_case
 
 from cbd import attest
 from cbd.audit import append
@@ -29,42 +30,11 @@ from cbd.heads import sign_head
 from cbd.keys import PrivateKey, PublicKey, ensure_key, key_id, sign
 from cbd.log_slice import LOG_SLICE
 from cbd.model_signature import MODEL_SIGNATURE, sign_model
-from components.attestation import attest_evaluation, attest_scan, attest_training, attest_version
-from components.decide import decide_step, refuse_step
+from components.decide import refuse_step
 from components.export import export_run, write_manifest
 
 Make = Callable[..., dict[str, Any]]
 MUTATIONS = 5_000
-
-
-def run_case(workspace: Path, make_evaluation: Make, **changes: Any) -> Case:
-    """A finished run under `<workspace>/runs/<run id>`, as its steps leave it."""
-    case = make_case(workspace, make_evaluation, **changes)
-    records, subject, run_id = workspace / "runs" / case.run_id / "records", case.subject, case.run_id
-    records.mkdir(parents=True)
-    (records.parent / "report.html").write_text("<!doctype html><title>report</title>")
-    assert subject.evaluation and subject.scan
-    data = json.loads((subject.dataset / "dataset.json").read_text())["digest"]
-    confounder = make_bundle(workspace / run_id / "confounder", data, kind="confounder", trial=changes.get("trial", False))
-    measured = {"model": case.bundle, "trusted_set": subject.trusted_set, "policy": POLICY.model_dump(), "workspace": str(workspace)}
-    about = {"workspace": str(workspace)}
-    attest_version(str(records), subject.dataset, subject.trusted_set, revision="e" * 40, **about)
-    attest_training(str(records), "train_confounder", confounder, **about)
-    attest_training(str(records), "train_deconfounded", case.bundle, confounder=confounder, **about)
-    attest_evaluation(str(records), subject.evaluation / "evaluation.json", **measured)
-    attest_scan(str(records), subject.scan / "scan.json", **measured)
-    parts = {name: getattr(subject, name) for name in ("dataset", "trusted_set", "validation", "evaluation", "model")}
-    named = {name: SimpleNamespace(path=str(path)) for name, path in parts.items()}
-    named |= {"canary": SimpleNamespace(path=str(workspace / "none")), "scanned": SimpleNamespace(path=str(subject.scan))}
-    decided = {
-        "records": str(records),
-        "run_id": run_id,
-        "policy": POLICY.model_dump(),
-        "decision": SimpleNamespace(path=str(case.decision)),
-    }
-    decide_step.python_func(**named, **about, **decided)
-    record(case)
-    return case
 
 
 @pytest.fixture(scope="module")
