@@ -10,7 +10,7 @@ from cbd.bundle import BundleCard, bundle_digest, read_card
 from cbd.errors import DataError
 from components.accepted import last_accepted
 from components.anchors import TAG, close_log, told
-from components.decision import SignedDecision, read_decision
+from components.decision import SignedDecision, check_latest, read_decision
 from components.records import kfp_component, step
 from components.standing import holder, read_moves, withdrawn
 from components.tracking import check_reachable, find_version, log_run, register_bundle, registered_name, set_alias
@@ -42,6 +42,7 @@ def register(
     signed, card = read_decision(decision, workspace), read_card(bundle)
     model_digest = bundle_digest(bundle)
     _check_decision(signed, card, branch=branch, run_id=run_id, model_digest=model_digest)
+    check_latest(signed, workspace)
     check_reachable(workspace)
     alias = None if signed.content["trial"] else ALIASES.get(signed.content["verdict"])
     full_name = registered_name(name, card.class_names)

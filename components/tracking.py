@@ -19,7 +19,7 @@ from cbd.config import canonical_json
 from cbd.errors import ConfigError, DataError
 from cbd.files import locked, replacing
 from components.decision import DECISION, SIGNATURE, read_decision
-from components.standing import Move, holder, read_moves, withdrawn
+from components.standing import DEMANDED, Move, demanded, holder, read_moves, withdrawn
 from components.tracking_runs import LiveCurves, close_run, log_run, open_run, plain
 from components.tracking_store import LOCK, check_reachable, client, ignoring, shown, sqlite_file, tracking_uri
 
@@ -43,8 +43,6 @@ __all__ = [
     "tracking_uri",
 ]
 
-DEMANDED = {"champion": "PASS", "candidate": "REVIEW"}
-"""The verdict that the model behind an alias must have."""
 FILES = (WEIGHTS, CARD, DECISION, SIGNATURE)
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 
@@ -144,7 +142,7 @@ def fetch_model(uri: str, workspace: Path | str) -> Path:
         folder = Path(uri)
         read_card(folder)
         if (folder / DECISION).exists():
-            _verify_bundle(folder, place, None)
+            _verify_bundle(folder, place)
         return folder
     match = _MODEL_URI.fullmatch(uri)
     if not match:
@@ -168,7 +166,7 @@ def _fetch_version(uri: str, name: str, alias: str | None, version: str | None, 
             _check_alias(moves, name, alias, version)
         fetched = Path(download_artifacts(artifact_uri=source, dst_path=staging, tracking_uri=tracking_uri(workspace)))
         staged = _take_bundle(fetched, Path(staging) / "bundle", uri)
-        digest = _verify_bundle(staged, workspace, alias)
+        digest = _verify_bundle(staged, workspace, alias, demanded(moves, alias) if alias else None)
         _check_registered(moves, version, digest, uri)
         target = workspace / "fetched" / digest
         with locked(workspace / LOCK):
@@ -188,8 +186,11 @@ def _take_bundle(fetched: Path, out: Path, uri: str) -> Path:
     return out
 
 
-def _verify_bundle(folder: Path, workspace: Path, alias: str | None) -> str:
-    """The decision's digest, after checking that the bundle in `folder` is the one that the signed decision beside it names."""
+def _verify_bundle(folder: Path, workspace: Path, alias: str | None = None, worst: str | None = None) -> str:
+    """The decision's digest, after checking that the bundle in `folder` is the one that the signed decision beside it names.
+
+    Behind an alias its verdict must be what the alias demands, or `worst`, which an override allows.
+    """
     signed, card = read_decision(folder, workspace), read_card(folder)
     digest, content = bundle_digest(folder), signed.content
     if card.kind == "confounder":
@@ -197,7 +198,7 @@ def _verify_bundle(folder: Path, workspace: Path, alias: str | None) -> str:
     if digest != content["digests"]["model"]:
         found = str(content["digests"]["model"])[:12]
         raise DataError(f"{folder}: altered: the model is {digest[:12]}, its signed decision is about {found}; register the model again")
-    if alias and (content["trial"] or content["verdict"] != DEMANDED.get(alias)):
+    if alias and (content["trial"] or content["verdict"] not in (DEMANDED.get(alias), worst)):
         what = "a trial" if content["trial"] else f"verdict {content['verdict']}"
         raise DataError(
             f"{folder}: behind the alias {alias} stands {what}; expected {DEMANDED.get(alias)}, run the pipeline to set it again"
@@ -209,7 +210,9 @@ def _check_alias(moves: Sequence[Move], name: str, alias: str, version: str) -> 
     told, fallen = holder(moves, alias), withdrawn(moves, version)
     if told == version:
         return
+    over = [move["expires"] for move in moves if move.get("expired") and move["version"] == version]
     why = f" (version {version}: {fallen['event']}, {fallen['reason']:.200})" if fallen else ""
+    why = f" (version {version}: its override expired on {over[-1]})" if over else why
     raise DataError(
         f"models:/{name}@{alias} is version {version}, {LOG} last set {told or 'none'}{why}: the alias was moved; {_mend(name, told)}"
     )
