@@ -154,7 +154,7 @@ def walk_lines(log: Path, *, key: PublicKey | None) -> Iterator[Line]:
                     raise ValueError(f"has number {entry['seq']} and does not follow the line before: entries were removed or reordered")
                 if current is not None and not verify(bytes.fromhex(entry["hash"]), entry["signature"], current):
                     raise ValueError(f"was not signed by the key of that time, {key_id(current)[:12]}")
-                following = _key_after(entry, current)
+                following = key_after(entry, current)
             except ValueError as error:
                 raise DataError(f"{log}: line {number} {error}; restore the log from a copy") from None
             yield Line(entry, leaf_hash(text[:-1]), current, following)
@@ -199,12 +199,7 @@ def last_entry(workspace: Path, file: int, end: int) -> tuple[Entry | None, Priv
     return last, ensure_key(workspace)
 
 
-def now() -> str:
-    """The time, in UTC, as in entries."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _key_after(entry: Entry, current: PublicKey | None) -> PublicKey | None:
+def key_after(entry: Entry, current: PublicKey | None) -> PublicKey | None:
     """What signs after this entry: another key after a rotation; raises ValueError if that hands over from another key than `current`."""
     if current is None or entry["event"] != ROTATE:
         return current
@@ -212,6 +207,11 @@ def _key_after(entry: Entry, current: PublicKey | None) -> PublicKey | None:
     if key_id(before) != key_id(current) or entry["data"].get("key_id") != key_id(after):
         raise ValueError("hands over from another key than the one that signed it")
     return after
+
+
+def now() -> str:
+    """The time, in UTC, as in entries."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _finish_rotation(workspace: Path, last: Entry | None) -> None:

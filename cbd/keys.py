@@ -62,6 +62,8 @@ def load_public_key(workspace: Path) -> PublicKey:
     if not path.exists():
         raise DataError(f"{path}: no such key; give the workspace in which the decision was made")
     key = read_public_key(path)
+    if path.read_bytes() != to_pem(key).encode():
+        raise DataError(f"{path}: was edited: it is not written as cbd writes keys; restore it")
     if private.exists() and key_id(read_private_key(private).public_key()) != key_id(key):
         raise DataError(f"{path}: does not belong to {private.name} beside it; restore the pair")
     return key

@@ -11,7 +11,7 @@ from cbd.keys import PublicKey
 from cbd.model_signature import MODEL_SIGNATURE, SIGNED_FILES, verify_model
 
 DEMANDED = {"champion": "PASS", "candidate": "REVIEW"}
-"""The verdict that the model behind an alias must have."""
+"""The verdict that the model behind an alias must have, unless a person's override that has not expired says otherwise."""
 
 
 def copy_signed(source: Path, out: Path, *, told: str) -> Path:
@@ -50,9 +50,12 @@ def check_model(folder: Path, keys: Sequence[PublicKey]) -> SignedDecision:
     return signed
 
 
-def check_verdict(signed: SignedDecision, alias: str, *, told: str) -> None:
-    """Raises DataError unless the decision is one that the alias demands: PASS for `champion`, REVIEW for `candidate`, and no trial."""
+def check_verdict(signed: SignedDecision, alias: str, *, told: str, worst: str | None = None) -> None:
+    """Raises DataError unless the decision is one that the alias demands: PASS for `champion`, REVIEW for `candidate`, and no trial.
+
+    `worst` is the verdict that a person's override allows all the same.
+    """
     content = signed.content
-    if content["trial"] or content["verdict"] != DEMANDED.get(alias):
+    if content["trial"] or content["verdict"] not in (DEMANDED.get(alias), worst):
         what = "a trial" if content["trial"] else f"verdict {content['verdict']}"
         raise DataError(f"{told}: behind the alias {alias} stands {what}; expected {DEMANDED.get(alias)}, run the pipeline to set it again")

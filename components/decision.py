@@ -11,7 +11,7 @@ from cbd.config import canonical_json
 from cbd.decision import DECISION, REJUDGES, SIGNATURE, SIGNED_BY, SignedDecision, parse_decision
 from cbd.errors import DataError
 from cbd.files import replacing
-from cbd.heads import walk
+from cbd.heads import read_log, walk
 from cbd.keys import PublicKey, ensure_key, is_development, key_id, load_public_key, sign, verify
 from cbd.model_signature import MODEL_SIGNATURE, sign_model
 
@@ -64,6 +64,15 @@ def read_decision(folder: Path, workspace: Path, *, rejudged: bool = False) -> S
     """
     find_file(folder, DECISION)
     return check_decision(folder, find_signers(walk(workspace)), key=load_public_key(workspace), rejudged=rejudged)
+
+
+def check_latest(signed: SignedDecision, workspace: Path) -> None:
+    """Raises DataError if the run was decided again since, such as under a stricter policy: an older decision is not brought back."""
+    run_id = signed.content["run_id"]
+    told = [entry["data"] for entry in read_log(workspace) if entry["event"] == "decision" and entry["data"]["run_id"] == run_id]
+    if told and told[-1]["decision_digest"] != signed.digest:
+        later = f"{told[-1]['verdict']}, {told[-1]['decision_digest'][:12]}"
+        raise DataError(f"decision {signed.digest[:12]} on run {run_id} is an older one: decided again since ({later}); give that one")
 
 
 def check_decision(folder: Path, signers: Signers, *, key: PublicKey, rejudged: bool = False) -> SignedDecision:

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cbd.audit import append
 from cbd.config import canonical_json
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file
+from cbd.heads import Head
+from components.anchors import close_log
 
 INVENTORY = "inventory.json"
 """In the run's folder."""
@@ -44,6 +47,25 @@ def take_inventory(run_dir: Path, records: dict[str, dict[str, Any]]) -> tuple[I
     with replacing(run_dir / INVENTORY) as temporary:
         temporary.write_bytes(content)
     return Inventory(artifacts, files), sha256_file(run_dir / INVENTORY)
+
+
+def seal(run_dir: Path, workspace: Path, *, records: dict[str, dict[str, Any]], result: dict[str, Any]) -> Head:
+    """The head of the log after its line `closed`, which names the run's inventory, its page and how each step ended.
+
+    Args:
+        run_dir: the run's folder, named by its id, with `report.html`.
+        workspace: with the log.
+        records: of all steps, by name.
+        result: what the run came to: `verdict` and whether it is `consistent`.
+
+    Raises:
+        DataError, EnvironmentFault: the log was altered, or it or its anchors cannot be written.
+    """
+    inventory, digest = take_inventory(run_dir, records)
+    about = {"run_id": run_dir.name, "verdict": result["verdict"], "consistent": result["consistent"], "num_files": len(inventory.files)}
+    about |= {"inventory_sha256": digest, "page_sha256": sha256_file(run_dir / "report.html")}
+    append(workspace, "closed", {**about, "steps": {name: record.get("status") for name, record in records.items() if name != "report"}})
+    return close_log(workspace)
 
 
 def check_inventory(run_dir: Path, sha256: str) -> Inventory:

@@ -11,7 +11,7 @@ from cbd.decision import SignedDecision
 from cbd.errors import DataError
 from components.accepted import last_accepted
 from components.anchors import TAG, close_log, told
-from components.decision import read_decision
+from components.decision import check_latest, read_decision
 from components.records import kfp_component, step
 from components.standing import holder, read_moves, withdrawn
 from components.tracking import check_reachable, find_version, log_run, register_bundle, registered_name, set_alias
@@ -43,6 +43,7 @@ def register(
     signed, card = read_decision(decision, workspace), read_card(bundle)
     model_digest = bundle_digest(bundle)
     _check_decision(signed, card, branch=branch, run_id=run_id, model_digest=model_digest)
+    check_latest(signed, workspace)
     check_reachable(workspace)
     alias = None if signed.content["trial"] else ALIASES.get(signed.content["verdict"])
     full_name = registered_name(name, card.class_names)

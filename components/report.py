@@ -7,12 +7,11 @@ from typing import Any
 
 from kfp import dsl
 
-from cbd.audit import append
 from cbd.errors import CbdError
-from cbd.files import replacing, sha256_file, write_json
+from cbd.files import replacing, write_json
 from cbd.heads import Head
-from components.anchors import TAG, close_log, told
-from components.inventory import take_inventory
+from components.anchors import TAG, told
+from components.inventory import seal
 from components.pages import View, delivery, measured, measures, provenance, render
 from components.pages.canary import canary
 from components.pages.text import clip, count, percent
@@ -76,23 +75,17 @@ def close(records: str, *, workspace: str, run_id: str, final_status: dict[str, 
     with step(records, "report") as outputs:
         result = report(records, out, final_status=final_status, workspace=workspace)
         outputs |= {"paths": {"report": str(out)}, "verdict": result["verdict"], "consistent": result["consistent"]}
-        head = _close_log(Path(workspace), run_id, result=result, page=out)
+        head = _close_log(Path(workspace), result=result, page=out)
         outputs["log"] = "closed" if isinstance(head, dict) else head
         outputs["tracking"] = _close_tracking(workspace, run_id, result=result, page=out, head=head)
         if result["alarms"]:
             raise CbdError(f"the run contradicts its verdict: {result['alarms'][0]} See {out}")
 
 
-def _close_log(workspace: Path, run_id: str, *, result: dict[str, Any], page: Path) -> Head | str:
-    """The head of the log after the line that seals the run's files; why there is none, where the log or its anchors refuse."""
-    records = read_run(str(page.parent / "records")).records
+def _close_log(workspace: Path, *, result: dict[str, Any], page: Path) -> Head | str:
+    """The head of the log after the line that seals the run; why there is none, where the log or its anchors refuse."""
     try:
-        inventory, digest = take_inventory(page.parent, records)
-        about = {"run_id": run_id, "verdict": result["verdict"], "consistent": result["consistent"], "num_files": len(inventory.files)}
-        about |= {"inventory_sha256": digest, "page_sha256": sha256_file(page)}
-        steps = {name: record.get("status") for name, record in records.items() if name != "report"}
-        append(workspace, "closed", {**about, "steps": steps})
-        return close_log(workspace)
+        return seal(page.parent, workspace, records=read_run(str(page.parent / "records")).records, result=result)
     except CbdError as error:
         print(f"[report] the page stands, the log could not be closed: {error}", file=sys.stderr)
         return f"not closed: {error}"

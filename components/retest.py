@@ -18,7 +18,7 @@ from components.evaluate import EVALUATION, Compared, evaluate
 from components.places import TRUSTED
 from components.registry import fetch, find
 from components.scan import SCAN, scan
-from components.standing import Move, holder, read_moves
+from components.standing import Move, demanded, holder, read_moves
 from components.tracking import check_reachable, drop_alias, fetch_model, find_aliases
 
 Row = dict[str, Any]
@@ -53,7 +53,7 @@ def retest(workspace: Path, *, policy: Gate, seed: int, demote: bool) -> list[Ro
         try:
             bundle = fetch_model(f"models:/{name}@{alias}", workspace)
             row |= _judge(bundle, read_decision(bundle, workspace), workspace, policy=policy, seed=seed, champion=champions.get(name))
-            row["passes"] = VERDICTS.index(row["verdict"]) <= VERDICTS.index(DEMANDED[alias])
+            row["passes"] = VERDICTS.index(row["verdict"]) <= VERDICTS.index(_worst(moves, name, alias))
             if alias == "champion" and (row["passes"] or not demote):
                 champions[name] = (bundle, version)
         except DataError as error:
@@ -63,6 +63,11 @@ def retest(workspace: Path, *, policy: Gate, seed: int, demote: bool) -> list[Ro
             row["demoted"] = _demote(workspace, row)
         rows.append(row)
     return rows
+
+
+def _worst(moves: list[Move], name: str, alias: str) -> str:
+    """The worst verdict with which a version keeps its alias."""
+    return demanded([move for move in moves if move["name"] == name], alias) or DEMANDED[alias]
 
 
 def _promoted(workspace: Path, moves: list[Move]) -> list[tuple[str, str, str]]:

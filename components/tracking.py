@@ -24,7 +24,7 @@ from cbd.keys import load_public_key
 from cbd.model_signature import MODEL_SIGNATURE, SIGNED_FILES
 from cbd.signed_model import check_model, check_verdict, copy_signed
 from components.decision import check_decision, find_signers
-from components.standing import Move, holder, read_moves, withdrawn
+from components.standing import Move, demanded, holder, read_moves, withdrawn
 from components.tracking_runs import LiveCurves, close_run, log_run, open_run, plain
 from components.tracking_store import LOCK, check_reachable, client, ignoring, shown, sqlite_file, tracking_uri
 
@@ -147,7 +147,7 @@ def fetch_model(uri: str, workspace: Path | str) -> Path:
         folder = Path(uri)
         read_card(folder)
         if (folder / DECISION).exists():
-            _verify_bundle(folder, place, None)
+            _verify_bundle(folder, place)
         return folder
     match = _MODEL_URI.fullmatch(uri)
     if not match:
@@ -171,7 +171,7 @@ def _fetch_version(uri: str, name: str, alias: str | None, version: str | None, 
             _check_alias(moves, name, alias, version)
         fetched = Path(download_artifacts(artifact_uri=source, dst_path=staging, tracking_uri=tracking_uri(workspace)))
         staged = copy_signed(fetched, Path(staging) / "bundle", told=f"{uri} in the registry")
-        digest = _verify_bundle(staged, workspace, alias)
+        digest = _verify_bundle(staged, workspace, alias, demanded(moves, alias) if alias else None)
         _check_registered(moves, version, digest, uri)
         target = workspace / "fetched" / digest
         with locked(workspace / LOCK):
@@ -181,13 +181,16 @@ def _fetch_version(uri: str, name: str, alias: str | None, version: str | None, 
     return target
 
 
-def _verify_bundle(folder: Path, workspace: Path, alias: str | None) -> str:
-    """The decision's digest, after checking all that `cbd.load` does, and that the workspace's log names the decision."""
+def _verify_bundle(folder: Path, workspace: Path, alias: str | None = None, worst: str | None = None) -> str:
+    """The decision's digest, after checking all that `cbd.load` does, and that the workspace's log names the decision.
+
+    Behind an alias its verdict must be what the alias demands, or `worst`, which an override allows.
+    """
     signers = find_signers(walk(workspace))
     digest = check_decision(folder, signers, key=load_public_key(workspace)).digest
     signed = check_model(folder, [signers["decision", digest]])
     if alias:
-        check_verdict(signed, alias, told=str(folder))
+        check_verdict(signed, alias, told=str(folder), worst=worst)
     return digest
 
 
@@ -195,7 +198,9 @@ def _check_alias(moves: Sequence[Move], name: str, alias: str, version: str) -> 
     told, fallen = holder(moves, alias), withdrawn(moves, version)
     if told == version:
         return
+    over = [move["expires"] for move in moves if move.get("expired") and move["version"] == version]
     why = f" (version {version}: {fallen['event']}, {fallen['reason']:.200})" if fallen else ""
+    why = f" (version {version}: its override expired on {over[-1]})" if over else why
     raise DataError(
         f"models:/{name}@{alias} is version {version}, {LOG} last set {told or 'none'}{why}: the alias was moved; {_mend(name, told)}"
     )
