@@ -1,256 +1,268 @@
-"""The audit trail: one P-256 key per workspace, signatures, and an append-only log in which each entry seals the one before."""
+"""The audit trail: an append-only log in which each signed line seals the one before.
 
-import base64
-import binascii
-import contextlib
-import fcntl
+The chain makes appending cheap, for only the last line is read, and puts every line under a signature of its own. Heads of the Merkle tree
+over the same lines (`cbd.heads`) can be kept elsewhere, and prove a line to somebody who does not get the whole log.
+"""
+
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from typing import Any, NamedTuple
 
 from cbd.config import canonical_json
 from cbd.errors import DataError
-from cbd.files import disk_fault, replacing
+from cbd.files import disk_fault, locked
+from cbd.keys import (
+    KEYS,
+    PRIVATE,
+    PUBLIC,
+    PrivateKey,
+    PublicKey,
+    ensure_key,
+    from_pem,
+    key_id,
+    read_private_key,
+    read_public_key,
+    sign,
+    to_pem,
+    verify,
+    write_private_key,
+    write_public_key,
+)
+from cbd.lines import complete_end, last_line, write_line
+from cbd.merkle import leaf_hash
 
 LOG = "audit.jsonl"
 FIRST = "0" * 64
 """What the first entry names as the hash before it."""
-_SEALED = ("seq", "time", "event", "data", "previous")
-_BLOCK = 65536
+ROTATE = "rotate"
+"""The event by which the key that signed until then names the one that signs from the next line on: `from`, `to` (PEM), `key_id`."""
+NEXT = "next.pem"
+"""In the folder of the keys: the private key that a rotation is about to put in place."""
+_SEALED = {"seq": int, "time": str, "event": str, "data": dict, "previous": str}
 
-PrivateKey = ec.EllipticCurvePrivateKey
-PublicKey = ec.EllipticCurvePublicKey
-
-
-def ensure_key(workspace: Path) -> PrivateKey:
-    """The workspace's signing key, made on first use in `keys/signing.pem` (mode 0600) with `signing.pub` beside it.
-
-    Raises:
-        DataError: the key is malformed, not P-256, or readable by others.
-        EnvironmentFault: the folder is not writable.
-    """
-    folder = workspace / "keys"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with locked(folder / ".lock"):
-            if not (folder / "signing.pem").exists():
-                _write_key(folder / "signing.pem")
-            key = _read_key(folder / "signing.pem")
-            if not (folder / "signing.pub").exists():
-                with replacing(folder / "signing.pub") as temporary:
-                    temporary.write_bytes(_public_bytes(key.public_key()))
-    except OSError as error:
-        raise disk_fault(folder, error) from None
-    return key
+Entry = dict[str, Any]
+"""`seq` from 1 on, `time` (UTC), `event`, `data`, `previous`: hash of the entry before; `hash` over these, `signature` over the hash."""
 
 
-def load_public_key(workspace: Path) -> PublicKey:
-    """The workspace's public key; where the private key lies beside it, the two must belong together.
+class Line(NamedTuple):
+    """A verified line of a log."""
 
-    Raises:
-        DataError: there is no public key, it is malformed or not P-256, or it is not the private key's.
-    """
-    path = workspace / "keys" / "signing.pub"
-    try:
-        key = serialization.load_pem_public_key(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such key; give the workspace in which the decision was made") from None
-    except ValueError:
-        raise DataError(f"{path}: not a public key in PEM form; restore it") from None
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise DataError(f"{path}: expected a P-256 key, found another kind; restore it")
-    private = path.with_suffix(".pem")
-    if private.exists() and _public_bytes(_read_key(private).public_key()) != _public_bytes(key):
-        raise DataError(f"{path}: does not belong to {private.name} beside it; restore the pair")
-    return key
+    entry: Entry
+    leaf: bytes
+    """Its hash as a leaf of the Merkle tree, over the line without its end."""
+    key: PublicKey | None
+    """What signed it; None where signatures were not looked at."""
+    following: PublicKey | None
+    """What signs the next line: another key after a rotation."""
 
 
-def sign(data: bytes, key: PrivateKey) -> str:
-    """The ECDSA P-256/SHA-256 signature of `data`, in base64."""
-    return base64.b64encode(key.sign(data, ec.ECDSA(hashes.SHA256()))).decode()
+def append(workspace: Path, event: str, data: dict[str, Any], *, key: PrivateKey | None = None) -> Entry:
+    """The new last entry of the workspace's log, on disk before this returns; processes that append at once wait for each other.
 
+    What a crash left of an unfinished line is cut off and recorded in an entry `torn` of its own, before this one. No entry is dated
+    before the one that it follows: a clock that was set back does not bring back what has expired.
 
-def verify(data: bytes, signature: str, key: PublicKey) -> bool:
-    """Whether `signature` (base64) is `key`'s over exactly these bytes."""
-    try:
-        key.verify(base64.b64decode(signature, validate=True), data, ec.ECDSA(hashes.SHA256()))
-    except (InvalidSignature, binascii.Error, ValueError):
-        return False
-    return True
-
-
-def append(log: Path, event: str, data: dict[str, Any], *, key: PrivateKey) -> dict[str, Any]:
-    """The new last entry of `log`, on disk before this returns; processes that append at once wait for each other.
-
-    What a crash left of an unfinished line is cut off and recorded in an entry `torn` of its own, before this one.
+    Args:
+        workspace: with the log and the key.
+        event: what happened.
+        data: about it.
+        key: what signed something that `data` names; if it was rotated away meanwhile, nobody would accept the two together.
 
     Raises:
-        DataError: the last entry was edited.
+        DataError: the last entry was edited, or `key` signs here no more.
         EnvironmentFault: the disk is full or the log not writable; the log is as it was.
     """
+    log = workspace / LOG
     try:
-        log.parent.mkdir(parents=True, exist_ok=True)
+        workspace.mkdir(parents=True, exist_ok=True)
         with locked(log) as file:
-            end, torn = _complete_end(file)
-            last = _last_entry(file, end, log)
+            end, torn = complete_end(file)
+            last, signing = last_entry(workspace, file, end)
+            if key is not None and key_id(key.public_key()) != key_id(signing.public_key()):
+                raise DataError(f"{log}: key {key_id(key.public_key())[:12]} was rotated away meanwhile and signs no more; run again")
             if torn:
                 os.ftruncate(file, end)
                 found = {"sha256": hashlib.sha256(torn).hexdigest(), "num_bytes": len(torn), "text": torn[:1000].decode(errors="replace")}
-                last = _write_entry(file, _seal("torn", found, last, key))
-            return _write_entry(file, _seal(event, data, last, key))
+                last = _seal("torn", found, last, signing)
+                write_line(file, last)
+            entry = _seal(event, data, last, signing)
+            write_line(file, entry)
+            return entry
     except OSError as error:
         raise disk_fault(log, error) from None
 
 
-def verify_log(log: Path, *, key: PublicKey | None = None) -> list[dict[str, Any]]:
-    """All entries of `log`, oldest first, after checking that none was removed, reordered or edited; no log, no entries.
+def rotate(workspace: Path, new: PrivateKey, data: dict[str, Any], *, own: bool) -> Entry:
+    """The log's new last entry, by which the key that signed until now hands over to `new` and signs no more.
 
-    The last entries of a log can be cut off unseen: keep the newest hash elsewhere to notice that.
+    A key that lay in the workspace is removed. A crash at any point leaves either key in charge, and the next entry tidies up.
 
     Args:
-        key: also check that every entry was signed by this key.
+        workspace: with the log and the key.
+        new: signs from the next entry on.
+        data: why, and by whom.
+        own: keep `new` in the workspace, as a development key.
+
+    Raises:
+        DataError, EnvironmentFault: as `append`.
+    """
+    log, folder = workspace / LOG, workspace / KEYS
+    try:
+        with locked(log) as file:
+            end, torn = complete_end(file)
+            if torn:
+                raise DataError(f"{log}: the last line is torn by a crash; the next run tidies it up, rotate after it")
+            last, signing = last_entry(workspace, file, end)
+            if own:
+                write_private_key(folder / NEXT, new)
+            keys = {"from": to_pem(signing.public_key()), "to": to_pem(new.public_key()), "key_id": key_id(new.public_key())}
+            entry = _seal(ROTATE, {**data, **keys}, last, signing)
+            write_line(file, entry)
+            _finish_rotation(workspace, entry)
+            return entry
+    except OSError as error:
+        raise disk_fault(log, error) from None
+
+
+def verify_log(log: Path, *, key: PublicKey | None = None) -> list[Entry]:
+    """All entries of `log`, oldest first, after checking that none was removed, reordered or edited; no log, no entries.
+
+    The last entries of a log can be cut off unseen: its heads tell that, see `cbd.heads.read_log`.
+
+    Args:
+        log: the file.
+        key: what signs now; also check that every entry was signed by the key of its time: this one, or one that handed over to it.
 
     Raises:
         DataError: names the first bad line and what is wrong with it.
     """
-    entries: list[dict[str, Any]] = []
-    if not log.exists():
-        return entries
-    previous = FIRST
+    return [line.entry for line in walk_lines(log, key=key)] if log.exists() else []
+
+
+def walk_lines(log: Path, *, key: PublicKey | None) -> Iterator[Line]:
+    """As `verify_log`, line by line, of which no more than one is held; those before the first bad one were yielded when this raises."""
+    previous, current = FIRST, _first_key(log, key)
     with log.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            fault = _fault(line, number, previous, key)
-            if fault:
-                raise DataError(f"{log}: line {number} {fault}; restore the log from a copy")
-            entries.append(json.loads(line))
-            previous = entries[-1]["hash"]
-    return entries
+        for number, text in enumerate(file, 1):
+            try:
+                entry = parse_line(text)
+                if entry["seq"] != number or entry["previous"] != previous:
+                    raise ValueError(f"has number {entry['seq']} and does not follow the line before: entries were removed or reordered")
+                if current is not None and not verify(bytes.fromhex(entry["hash"]), entry["signature"], current):
+                    raise ValueError(f"was not signed by the key of that time, {key_id(current)[:12]}")
+                following = key_after(entry, current)
+            except ValueError as error:
+                raise DataError(f"{log}: line {number} {error}; restore the log from a copy") from None
+            yield Line(entry, leaf_hash(text[:-1]), current, following)
+            previous, current = entry["hash"], following
+    if key is not None and current is not None and key_id(current) != key_id(key):
+        raise DataError(f"{log}: ends under key {key_id(current)[:12]}, expected {key_id(key)[:12]}; restore the key or the log")
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[int]:
-    """The file at `path` (made if absent), open for reading and appending, while no other process holds it."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+def parse_line(text: bytes) -> Entry:
+    """The entry in a line; raises ValueError with what is wrong: it is unfinished, no entry, or its hash is not that of its content."""
+    if not text.endswith(b"\n"):
+        raise ValueError("is torn: a crash in the middle of writing; the next entry will cut it off and record it")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
-    finally:
-        os.close(file)
-
-
-def _write_key(path: Path) -> None:
-    key = ec.generate_private_key(ec.SECP256R1())
-    form = serialization.PrivateFormat.PKCS8
-    data = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
-    with replacing(path) as temporary:
-        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(file, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-
-
-def _read_key(path: Path) -> PrivateKey:
-    if path.stat().st_mode & 0o077:
-        raise DataError(f"{path}: others may read this private key; expected mode 0600, run: chmod 600 {path}")
+        entry = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("is no JSON: it was edited") from None
+    if not isinstance(entry, dict) or set(entry) != {*_SEALED, "hash", "signature"}:
+        raise ValueError("is no log entry: it was edited")
+    if not all(type(entry[name]) is kind for name, kind in {**_SEALED, "hash": str, "signature": str}.items()):
+        raise ValueError("is no log entry: it was edited")
     try:
-        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except (ValueError, TypeError):
-        raise DataError(f"{path}: not a private key in PEM form without password; restore it") from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise DataError(f"{path}: expected a P-256 key, found another kind; restore it")
+        same = _hash(entry) == entry["hash"] and canonical_json(entry) + b"\n" == text
+    except ValueError:
+        same = False
+    if not same:
+        raise ValueError("was edited: its hash does not match its content")
+    return entry
+
+
+def last_entry(workspace: Path, file: int, end: int) -> tuple[Entry | None, PrivateKey]:
+    """The entry that ends at `end` of the log, which is locked, and the key that signs after it.
+
+    Raises:
+        DataError: it was edited, or the key is missing or another one.
+    """
+    text = last_line(file, end)
+    try:
+        last = parse_line(text) if text else None
+        _finish_rotation(workspace, last)
+    except ValueError as error:
+        raise DataError(f"{workspace / LOG}: the last line {error}; restore the log from a copy") from None
+    return last, ensure_key(workspace)
+
+
+def key_after(entry: Entry, current: PublicKey | None) -> PublicKey | None:
+    """What signs after this entry: another key after a rotation; raises ValueError if that hands over from another key than `current`."""
+    if current is None or entry["event"] != ROTATE:
+        return current
+    before, after = _handed_over(entry)
+    if key_id(before) != key_id(current) or entry["data"].get("key_id") != key_id(after):
+        raise ValueError("hands over from another key than the one that signed it")
+    return after
+
+
+def now() -> str:
+    """The time, in UTC, as in entries."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _finish_rotation(workspace: Path, last: Entry | None) -> None:
+    """Puts the keys in place that the last entry, if it is a rotation, hands over to: a crash may have come between."""
+    folder = workspace / KEYS
+    following, private, public = (folder / name for name in (NEXT, PRIVATE, PUBLIC))
+    if last is None or last["event"] != ROTATE or not public.exists():
+        following.unlink(missing_ok=True)
+        return
+    before, after = _handed_over(last)
+    if key_id(read_public_key(public)) == key_id(before) and verify(bytes.fromhex(last["hash"]), last["signature"], before):
+        write_public_key(public, after)
+    if following.exists() and key_id(read_private_key(following).public_key()) == key_id(after):
+        os.replace(following, private)
+    elif private.exists() and key_id(read_private_key(private).public_key()) == key_id(before):
+        private.unlink()
+
+
+def _handed_over(entry: Entry) -> tuple[PublicKey, PublicKey]:
+    """The keys before and after a rotation; raises ValueError if the entry does not hold them."""
+    try:
+        return from_pem(str(entry["data"].get("from")), told="from"), from_pem(str(entry["data"].get("to")), told="to")
+    except DataError as error:
+        raise ValueError(f"is no rotation: {error}") from None
+
+
+def _first_key(log: Path, key: PublicKey | None) -> PublicKey | None:
+    """The key that the log began with: what handed over in the first rotation, or without one the key that signs now."""
+    if key is None:
+        return None
+    with log.open("rb") as file:
+        for number, text in enumerate(file, 1):
+            if b'"event":"rotate"' not in text:
+                continue
+            try:
+                entry = parse_line(text)
+            except ValueError:
+                return key  # the walk comes to this line and names what is wrong with it
+            if entry["event"] == ROTATE:
+                return from_pem(str(entry["data"].get("from")), told=f"{log}: line {number}")
     return key
 
 
-def _public_bytes(key: PublicKey) -> bytes:
-    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-
-
-def _seal(event: str, data: dict[str, Any], last: dict[str, Any] | None, key: PrivateKey) -> dict[str, Any]:
-    time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    seq, previous = (last["seq"] + 1, last["hash"]) if last else (1, FIRST)
+def _seal(event: str, data: dict[str, Any], last: Entry | None, key: PrivateKey) -> Entry:
+    time, seq, previous = now(), 1, FIRST
+    if last:
+        time, seq, previous = max(time, last["time"]), last["seq"] + 1, last["hash"]
     entry = {"seq": seq, "time": time, "event": event, "data": data, "previous": previous}
     digest = _hash(entry)
     return {**entry, "hash": digest, "signature": sign(bytes.fromhex(digest), key)}
 
 
-def _hash(entry: dict[str, Any]) -> str:
+def _hash(entry: Entry) -> str:
     return hashlib.sha256(canonical_json({name: entry[name] for name in _SEALED})).hexdigest()
-
-
-def _write_entry(file: int, entry: dict[str, Any]) -> dict[str, Any]:
-    """Writes one line and waits for the disk; a line that does not fit is taken back whole."""
-    line, before = canonical_json(entry) + b"\n", os.lseek(file, 0, os.SEEK_END)
-    try:
-        written = 0
-        while written < len(line):
-            written += os.write(file, line[written:])
-        os.fsync(file)
-    except OSError:
-        os.ftruncate(file, before)
-        raise
-    return entry
-
-
-def _complete_end(file: int) -> tuple[int, bytes]:
-    """Where the last complete line ends, and what stands after it."""
-    size = end = os.lseek(file, 0, os.SEEK_END)
-    while end > 0:
-        start = max(0, end - _BLOCK)
-        newline = os.pread(file, end - start, start).rfind(b"\n")
-        if newline >= 0:
-            end = start + newline + 1
-            break
-        end = start
-    return end, os.pread(file, size - end, end)
-
-
-def _last_entry(file: int, end: int, log: Path) -> dict[str, Any] | None:
-    if end == 0:
-        return None
-    start, line = end - 1, b""
-    while start > 0 and b"\n" not in line:
-        start = max(0, start - _BLOCK)
-        line = os.pread(file, end - 1 - start, start)
-    line = line[line.rfind(b"\n") + 1 :]
-    fault = _content_fault(line)
-    if fault:
-        raise DataError(f"{log}: the last line {fault}; restore the log from a copy")
-    entry: dict[str, Any] = json.loads(line)
-    return entry
-
-
-def _fault(line: bytes, number: int, previous: str, key: PublicKey | None) -> str | None:
-    if not line.endswith(b"\n"):
-        return "is torn: a crash in the middle of writing; the next entry will cut it off and record it"
-    fault = _content_fault(line)
-    if fault:
-        return fault
-    entry = json.loads(line)
-    if entry["seq"] != number or entry["previous"] != previous:
-        return f"has number {entry['seq']} and does not follow the line before: entries were removed, reordered or inserted"
-    if key is not None and not verify(bytes.fromhex(entry["hash"]), str(entry["signature"]), key):
-        return "was not signed by this workspace's key"
-    return None
-
-
-def _content_fault(line: bytes) -> str | None:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return "is no JSON: it was edited"
-    if not isinstance(entry, dict) or set(entry) != {*_SEALED, "hash", "signature"}:
-        return "is no log entry: it was edited"
-    try:
-        same = _hash(entry) == entry["hash"] and canonical_json(entry) == line.rstrip(b"\n")
-    except ValueError:
-        same = False
-    return None if same else "was edited: its hash does not match its content"

@@ -13,6 +13,8 @@ from cbd.files import sha256_file
 
 WEIGHTS = "model.safetensors"
 CARD = "model.json"
+MAX_HEADER = 4 * 2**20
+"""Bytes of a safetensors header; a network of ten thousand tensors needs one."""
 Kind = Literal["deconfounded", "confounder", "undefended"]
 
 
@@ -55,6 +57,25 @@ def read_card(bundle: Path) -> BundleCard:
     if found != card.weights_sha256:
         raise DataError(f"{bundle / WEIGHTS}: altered: SHA-256 is {found[:12]}, {CARD} says {card.weights_sha256[:12]}; restore the bundle")
     return card
+
+
+def check_weights(bundle: Path) -> None:
+    """Checks that the weights are a safetensors file whose header tells the whole of it.
+
+    Raises:
+        DataError: a pickle or anything else under that name, a header of more than `MAX_HEADER` bytes, or one that does not fit the file.
+    """
+    from safetensors import SafetensorError, deserialize  # unlike `safe_open` it needs no array library
+
+    path = bundle / WEIGHTS
+    with path.open("rb") as file:
+        announced = int.from_bytes(file.read(8), "little")
+    if announced > MAX_HEADER:
+        raise DataError(f"{path}: no safetensors file: its header announces {announced} bytes, at most {MAX_HEADER} are read; restore it")
+    try:
+        deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: no safetensors file: {str(error).splitlines()[0][:200]}; restore the bundle") from None
 
 
 def bundle_digest(bundle: Path) -> str:

@@ -1,7 +1,8 @@
-"""Files that are whole or absent: written under a temporary name, then renamed."""
+"""Files that are whole or absent: written under a temporary name, then renamed; and files for one process at a time."""
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -40,6 +41,17 @@ def replacing(target: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """The file at `path` (made if absent), open for reading and appending, while no other process holds it."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+    finally:
+        os.close(file)
 
 
 def write_json(path: Path, value: Any) -> None:

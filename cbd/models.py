@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cbd.bundle import CARD, WEIGHTS, BundleCard, read_card
+from cbd.bundle import CARD, WEIGHTS, BundleCard, check_weights, read_card
 from cbd.errors import DataError
 from cbd.files import sha256_file, write_json
 
@@ -115,6 +115,7 @@ def load_model(bundle: Path) -> tuple[Network, BundleCard]:
         DataError: no bundle, altered weights, or weights that do not fit the architecture.
     """
     card = read_card(bundle)
+    check_weights(bundle)
     model = make_model(card.architecture, num_classes=len(card.class_names), image_size=card.image_size, generator=torch.Generator())
     try:
         model.load_state_dict(load_file(bundle / WEIGHTS))

@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cbd.audit import LOG, load_public_key, verify_log
 from cbd.dataset import DatasetInfo, read_batches, read_manifest
 from cbd.errors import DataError
+from cbd.heads import read_log
 from cbd.images import Refused
 from components import quarantine
 from components.quarantine import Held, Rulings
@@ -164,10 +164,8 @@ def _runs(workspace: Path) -> list[dict[str, Any]]:
 
     `demoted` is the verdict for which the model lost its alias later; None where it did not.
     """
-    if not (workspace / LOG).is_file():
-        return []
     runs: list[dict[str, Any]] = []
-    for entry in verify_log(workspace / LOG, key=load_public_key(workspace)):
+    for entry in read_log(workspace):
         told = entry["data"]
         if entry["event"] == "decision":
             runs.append({**told, "name": None, "alias": None, "demoted": None})

@@ -5,10 +5,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cbd.audit import LOG, load_public_key, verify_log
 from cbd.bundle import read_card
 from cbd.config import Gate, canonical_json, section_digest
 from cbd.files import sha256_file
+from cbd.heads import read_log
 
 PACKAGES = ("cbd", "components")
 
@@ -25,8 +25,7 @@ def number_attempt(workspace: Path, model: Path, digests: dict[str, str | None],
     about = {"params": card.params, "seed": card.seed, "kind": card.kind, "policy": section_digest(policy), "code": code_digest()}
     config = hashlib.sha256(canonical_json(about)).hexdigest()
     tried: list[str] = []
-    entries = verify_log(workspace / LOG, key=load_public_key(workspace)) if (workspace / LOG).is_file() else []
-    for told in (entry["data"] for entry in entries if entry["event"] == "decision"):
+    for told in (entry["data"] for entry in read_log(workspace) if entry["event"] == "decision"):
         same = all(told["digests"][name] == digests[name] for name in ("data", "trusted"))
         if same and (earlier := (told.get("attempt") or {}).get("config_sha256")) and earlier not in tried:
             tried.append(earlier)

@@ -8,11 +8,12 @@ from typing import Any
 
 from kfp import dsl
 
-from cbd.audit import LOG, append, ensure_key, load_public_key, verify_log
+from cbd.audit import append
 from cbd.canary import Plant, plan_canary
 from cbd.config import Canary, Params, Poison, canonical_json, check_section
 from cbd.dataset import load_samples, read_info, read_manifest
 from cbd.files import replacing, sha256_file
+from cbd.heads import read_log
 from cbd.truth import Truth, read_truth
 from components.attempts import code_digest
 from components.poison import poison
@@ -61,16 +62,15 @@ def canary(dataset: Path, trusted_set: Path, out: Path, *, params: Params, works
 
 def logged(workspace: Path, sha256: str) -> bool:
     """Whether the workspace's log names a canary's result of this SHA-256; raises DataError if the log was altered."""
-    entries = verify_log(workspace / LOG, key=load_public_key(workspace))
-    return any(entry["event"] == "canary" and entry["data"]["sha256"] == sha256 for entry in entries)
+    return any(entry["event"] == "canary" and entry["data"]["sha256"] == sha256 for entry in read_log(workspace))
 
 
 def _young_enough(workspace: Path, key: str, *, every: int) -> Path | None:
     """The kept result of the last canary of this configuration, if fewer than `every` runs were decided since."""
-    if every < 2 or not (workspace / LOG).is_file():
+    if every < 2:
         return None
     age, last = 0, None
-    for entry in verify_log(workspace / LOG, key=load_public_key(workspace)):
+    for entry in read_log(workspace):
         if entry["event"] == "canary" and entry["data"]["config_sha256"] == key:
             age, last = 0, entry["data"]["sha256"]
         age += entry["event"] == "decision" and not entry["data"]["trial"]
@@ -85,7 +85,7 @@ def _keep(workspace: Path, named: dict[str, Any], measured: dict[str, Any]) -> P
     kept = workspace / KEPT / f"{digest}.json"
     with replacing(kept) as temporary:
         temporary.write_bytes(content)
-    append(workspace / LOG, "canary", {"sha256": digest, **named}, key=ensure_key(workspace))
+    append(workspace, "canary", {"sha256": digest, **named})
     return kept
 
 

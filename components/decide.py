@@ -11,12 +11,15 @@ from kfp.dsl import Artifact, Input, Output
 from cbd.bundle import bundle_digest, read_card
 from cbd.config import Gate, check_section, section_digest
 from cbd.dataset import DatasetInfo, read_info, verify_dataset
+from cbd.decision import SCHEMA_VERSION
 from cbd.errors import DataError
 from cbd.files import sha256_file
 from cbd.gate import decide as judge
+from components.anchors import close_log
 from components.attempts import number_attempt
+from components.attestation import attest_decision, write_bom
 from components.canary import CANARY, logged
-from components.decision import SCHEMA_VERSION, find_file, read_object, write_decision
+from components.decision import find_file, read_object, write_decision
 from components.records import kfp_component, step
 from components.scan import SCAN
 
@@ -42,7 +45,7 @@ def decide(subject: Subject, out: Path, *, policy: Gate, workspace: Path, run_id
         EnvironmentFault: the workspace is not writable.
     """
     decision = weigh(subject, policy=policy, workspace=workspace, run_id=run_id)
-    digest = write_decision(decision, out, workspace)
+    digest = write_decision(decision, out, workspace, bundle=subject.model)
     return {"verdict": decision["verdict"], "sentence": decision["sentence"], "decision_digest": digest, "trial": decision["trial"]}
 
 
@@ -205,5 +208,10 @@ def decide_recorded(records: str, parts: tuple[str, ...], out: str, *, policy: d
         checked = check_section(Gate, policy, name="gate")
         subject = Subject(*(Path(part) for part in parts))
         outputs |= decide(subject, Path(out), policy=checked, workspace=Path(workspace), run_id=run_id)
+        close_log(Path(workspace))
         outputs["paths"] = {"decision": out}
+        if subject.model and subject.evaluation:
+            sets = {"dataset": subject.dataset, "trusted_set": subject.trusted_set}
+            write_bom(Path(out), bundle=subject.model, evaluation=subject.evaluation, **sets)
+        outputs["attestation"] = attest_decision(records, Path(out), workspace=workspace)
     return str(outputs["verdict"])

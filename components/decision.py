@@ -2,82 +2,93 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cbd.audit import LOG, append, ensure_key, load_public_key, sign, verify, verify_log
+from cbd.audit import LOG, Line, append
 from cbd.config import canonical_json
+from cbd.decision import DECISION, REJUDGES, SIGNATURE, SIGNED_BY, SignedDecision, parse_decision
 from cbd.errors import DataError
 from cbd.files import replacing
-
-DECISION = "decision.json"
-SIGNATURE = "decision.sig"
-REJUDGES = "rejudges"
-"""In a re-judgement alone, which moves no alias: the digest of the run's own decision."""
-SCHEMA_VERSION = 2
-_KEYS = {"schema_version", "run_id", "created", "verdict", "sentence", "checks", "trial", "policy", "policy_sha256", "digests", "attempt"}
-_DIGESTS = {"data", "model", "trusted", "evaluation", "validation", "canary", "scan"}
+from cbd.heads import read_log, walk
+from cbd.keys import PublicKey, ensure_key, is_development, key_id, load_public_key, sign, verify
+from cbd.model_signature import MODEL_SIGNATURE, sign_model
 
 
-@dataclass(frozen=True, slots=True)
-class SignedDecision:
-    """A decision whose signature holds and whose digest stands in the workspace's log."""
-
-    content: dict[str, Any]
-    digest: str
-    """SHA-256 (hex) of the bytes of `decision.json`."""
-
-
-def write_decision(decision: dict[str, Any], out: Path, workspace: Path) -> str:
+def write_decision(decision: dict[str, Any], out: Path, workspace: Path, *, bundle: Path | None = None) -> str:
     """Writes the signed decision into the folder `out` and its digest into the workspace's log; returns the digest.
+
+    With the `bundle` that was decided on, the signature of both together goes there, too.
 
     A re-judgement (it names what it `rejudges`) stands in the log under an event of its own, so that it is never taken for a decision.
     """
-    key, data = ensure_key(workspace), canonical_json(decision)
+    key = ensure_key(workspace)
+    signed_by = {"key_id": key_id(key.public_key()), "development": is_development(workspace)}
+    data = canonical_json({**decision, SIGNED_BY: signed_by})
     digest = hashlib.sha256(data).hexdigest()
     with replacing(out) as temporary:
         temporary.mkdir()
         (temporary / DECISION).write_bytes(data)
         (temporary / SIGNATURE).write_text(sign(data, key) + "\n")
+        if bundle is not None:
+            sign_model(bundle, temporary, temporary / MODEL_SIGNATURE, key)
     entry = {"decision_digest": digest, "digests": decision["digests"], "run_id": decision["run_id"], "attempt": decision["attempt"]}
     entry |= {"trial": decision["trial"], "verdict": decision["verdict"]}
     if REJUDGES in decision:
         entry |= {REJUDGES: decision[REJUDGES], "policy_sha256": decision["policy_sha256"]}
-    append(workspace / LOG, "rejudged" if REJUDGES in decision else "decision", entry, key=key)
+    append(workspace, "rejudged" if REJUDGES in decision else "decision", entry, key=key)
     return digest
 
 
+Signers = dict[tuple[str, str], PublicKey]
+"""Under which key the log names a decision, by event (`decision` or `rejudged`) and digest."""
+
+
+def find_signers(lines: Iterable[Line]) -> Signers:
+    """All decisions that the verified lines of a log name."""
+    named = ((line.entry["event"], line.entry["data"].get("decision_digest"), line.key) for line in lines)
+    return {(event, digest): key for event, digest, key in named if event in ("decision", "rejudged") and digest and key}
+
+
 def read_decision(folder: Path, workspace: Path, *, rejudged: bool = False) -> SignedDecision:
-    """The decision in `folder`, after checking its signature against the workspace's key and that the workspace's log names it.
+    """The decision in `folder`, after checking that the workspace's log names it, and that the key of that time signed it.
 
     Args:
+        folder: with `decision.json` and `decision.sig`.
+        workspace: with the log and the key.
         rejudged: a re-judgement is expected, and not a run's own decision.
 
     Raises:
         DataError: unsigned, signed by another key, malformed, of the other kind, or not in the log; or the log itself was altered.
     """
-    path, key = find_file(folder, DECISION), load_public_key(workspace)
-    if not (folder / SIGNATURE).is_file():
+    find_file(folder, DECISION)
+    return check_decision(folder, find_signers(walk(workspace)), key=load_public_key(workspace), rejudged=rejudged)
+
+
+def check_latest(signed: SignedDecision, workspace: Path) -> None:
+    """Raises DataError if the run was decided again since, such as under a stricter policy: an older decision is not brought back."""
+    run_id = signed.content["run_id"]
+    told = [entry["data"] for entry in read_log(workspace) if entry["event"] == "decision" and entry["data"]["run_id"] == run_id]
+    if told and told[-1]["decision_digest"] != signed.digest:
+        later = f"{told[-1]['verdict']}, {told[-1]['decision_digest'][:12]}"
+        raise DataError(f"decision {signed.digest[:12]} on run {run_id} is an older one: decided again since ({later}); give that one")
+
+
+def check_decision(folder: Path, signers: Signers, *, key: PublicKey, rejudged: bool = False) -> SignedDecision:
+    """As `read_decision`, with a log that was read already; `key` is what signs now."""
+    path = find_file(folder, DECISION)
+    if not (folder / SIGNATURE).is_file() or (folder / SIGNATURE).is_symlink():
         raise DataError(f"{folder}: unsigned: {SIGNATURE} is missing; only a decision that this workspace signed counts")
-    data = path.read_bytes()
-    if not verify(data, (folder / SIGNATURE).read_text(errors="replace").strip(), key):
-        raise DataError(f"{path}: the signature is not this workspace's key over these bytes; decide again in this workspace")
-    content = json.loads(data)
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if isinstance(content, dict) and (REJUDGES in content) != rejudged:
-        kinds = ("the run's own decision", "a re-judgement under another policy, which moves no alias")
-        raise DataError(f"{path}: expected {kinds[rejudged]}, found {kinds[not rejudged]}; give the other one")
-    keys = _KEYS | {REJUDGES} if rejudged else _KEYS
-    if version != SCHEMA_VERSION or set(content) != keys or set(content["digests"]) != _DIGESTS:
-        newer = isinstance(version, int) and version > SCHEMA_VERSION
-        fix = "read it with the version of cbd that made it" if newer else "decide again with this version"
-        raise DataError(f"{path}: schema version {version}, expected a decision of schema version {SCHEMA_VERSION}; {fix}")
+    data, event = path.read_bytes(), "rejudged" if rejudged else "decision"
     digest = hashlib.sha256(data).hexdigest()
-    entries = verify_log(workspace / LOG, key=key)
-    event = "rejudged" if rejudged else "decision"
-    if not any(entry["event"] == event and entry["data"].get("decision_digest") == digest for entry in entries):
-        raise DataError(f"{path}: {LOG} of {workspace} names no {event} {digest[:12]}; decide again in this workspace")
+    named = next((found for found in (event, "decision", "rejudged") if (found, digest) in signers), None)
+    signer = signers[named, digest] if named else key
+    if not verify(data, (folder / SIGNATURE).read_bytes().decode(errors="replace").removesuffix("\n"), signer):
+        raise DataError(f"{path}: the signature is not this workspace's key over these bytes; decide again in this workspace")
+    content = parse_decision(path, data, rejudged=rejudged)
+    if named is None:
+        raise DataError(f"{path}: {LOG} names no {event} {digest[:12]}; decide again in this workspace")
     return SignedDecision(content, digest)
 
 

@@ -233,7 +233,8 @@ def evaluate_step(
     """
     from pathlib import Path
 
-    from components.evaluate import evaluate_run
+    from components.attestation import attest_evaluation
+    from components.evaluate import EVALUATION, evaluate_run
     from components.records import step
 
     with step(records, "evaluate") as outputs:
@@ -241,6 +242,8 @@ def evaluate_step(
         inputs = {"dataset": dataset, "trusted_set": trusted_set, "truth": truth, "confounder": confounder, "model": model}
         paths = {key: Path(artifact.path) for key, artifact in {**inputs, "evidence": evidence, "undefended": undefended}.items()}
         outputs |= evaluate_run(paths, Path(evaluation.path), policy=gate, seed=seed, workspace=workspace, name=name)
+        about = {"model": paths["model"], "trusted_set": paths["trusted_set"], "policy": gate, "workspace": workspace}
+        outputs["attestation"] = attest_evaluation(records, Path(evaluation.path) / EVALUATION, **about)
 
 
 def evaluate_run(paths: dict[str, Path], out: Path, *, policy: dict[str, Any], seed: int, workspace: str, name: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from kfp import dsl
 
+from cbd.audit import append
 from cbd.config import Ingest, Poison
 from cbd.dataset import DatasetInfo, read_info, write_dataset
 from cbd.errors import DataError
@@ -107,6 +108,7 @@ def ingest(data: str, trusted: str, *, outputs: IngestPaths, params: Ingest, opt
         keep_refused(outputs.quarantine / "quarantine.parquet", options.workspace, **about)
         digests = {"data": info.digest, "trusted": trusted_info.digest}
         nothing_new = None if options.again else decided(options.workspace, model, **digests)
+        append(options.workspace, "delivery", {**about, **summary._asdict(), "digests": digests})
     return {
         **summary._asdict(),
         "num_images": info.num_images,

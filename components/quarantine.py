@@ -14,11 +14,12 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cbd.audit import LOG, append, ensure_key, load_public_key, verify_log
+from cbd.audit import append
 from cbd.config import Ingest
 from cbd.dataset import read_info, read_samples
 from cbd.errors import DataError
 from cbd.files import replacing
+from cbd.heads import read_log
 from components.decoding import decode_files
 from components.rawfiles import RawFile
 from components.tables import Table
@@ -205,7 +206,7 @@ def rule(
     """
     files = {name: {"pixel_digest": pixels[name], "label_name": labels.get(name)} for name in sorted(pixels)}
     told = {"action": action, "by": by, "reason": reason, "files": files}
-    return append(workspace / LOG, EVENT, told, key=ensure_key(workspace))
+    return append(workspace, EVENT, told)
 
 
 def rulings(workspace: Path) -> Rulings:
@@ -215,9 +216,7 @@ def rulings(workspace: Path) -> Rulings:
         DataError: the audit log was altered.
     """
     found = Rulings()
-    if not (workspace / LOG).is_file():
-        return found
-    for entry in verify_log(workspace / LOG, key=load_public_key(workspace)):
+    for entry in read_log(workspace):
         if entry["event"] != EVENT:
             continue
         for name, about in entry["data"]["files"].items():

@@ -10,8 +10,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from kfp import dsl
-
 from cbd.errors import CbdError
 from cbd.files import write_json
 
@@ -22,6 +20,8 @@ IMAGE = "cbd-python:by-digest"
 
 def kfp_component(function: Callable[..., Any]) -> Any:
     """The KFP component with this body; inside a running task, where kfp loads only what a task needs, the plain function."""
+    from kfp import dsl
+
     return dsl.component(base_image=IMAGE, install_kfp_package=False)(function) if hasattr(dsl, "component") else function
 
 

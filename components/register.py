@@ -5,11 +5,13 @@ from typing import Any
 
 from kfp.dsl import Artifact, Input
 
-from cbd.audit import LOG, append, ensure_key
+from cbd.audit import append
 from cbd.bundle import BundleCard, bundle_digest, read_card
+from cbd.decision import SignedDecision
 from cbd.errors import DataError
 from components.accepted import last_accepted
-from components.decision import SignedDecision, read_decision
+from components.anchors import TAG, close_log, told
+from components.decision import check_latest, read_decision
 from components.records import kfp_component, step
 from components.standing import holder, read_moves, withdrawn
 from components.tracking import check_reachable, find_version, log_run, register_bundle, registered_name, set_alias
@@ -41,6 +43,7 @@ def register(
     signed, card = read_decision(decision, workspace), read_card(bundle)
     model_digest = bundle_digest(bundle)
     _check_decision(signed, card, branch=branch, run_id=run_id, model_digest=model_digest)
+    check_latest(signed, workspace)
     check_reachable(workspace)
     alias = None if signed.content["trial"] else ALIASES.get(signed.content["verdict"])
     full_name = registered_name(name, card.class_names)
@@ -88,7 +91,7 @@ def _log_once(workspace: Path, told: dict[str, Any]) -> None:
     """Appends the event `register`, unless the log says the same and the alias, if any, stands there still."""
     moves = read_moves(workspace, told["name"])
     if {**told, "event": "register"} not in moves or (told["alias"] and holder(moves, told["alias"]) != told["version"]):
-        append(workspace / LOG, "register", told, key=ensure_key(workspace))
+        append(workspace, "register", told)
 
 
 @kfp_component
@@ -137,6 +140,7 @@ def register_recorded(
         content = read_decision(decision, place).content
         checks = {check["name"]: check["value"] for check in content["checks"] if check["value"] is not None}
         tags = {"cbd.verdict": content["verdict"], "cbd.revision": revision, "cbd.data_digest": content["digests"]["data"]}
+        tags[TAG] = told(close_log(place))
         log_run(place, run_id, metrics=checks, tags=tags, artifacts=[decision, evidence])
         listed = {"data_digest": content["digests"]["data"], "model_digest": content["digests"]["model"], "run_id": run_id}
         outputs["suspects_tag"] = version_suspects(evidence / EVIDENCE, workspace=workspace, **listed)["tag"]

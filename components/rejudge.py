@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from cbd.config import Gate
+from cbd.decision import DECISION, REJUDGES, SIGNED_BY, SignedDecision
 from cbd.errors import DataError
 from components.decide import Subject, weigh
-from components.decision import DECISION, REJUDGES, SignedDecision, read_decision, write_decision
+from components.decision import read_decision, write_decision
 
 
 def rejudge(subject: Subject, decision: Path, out: Path, *, policy: Gate, workspace: Path, run_id: str) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def _written_before(place: Path, weighed: dict[str, Any], workspace: Path) -> st
         stored = read_decision(place, workspace, rejudged=True)
     except DataError as error:
         raise DataError(f"an earlier re-judgement is in the way: {error}; or remove {place} and judge again") from None
-    return stored.digest if stored.content == weighed | {"created": stored.content["created"]} else None
+    return stored.digest if stored.content == weighed | {name: stored.content[name] for name in ("created", SIGNED_BY)} else None
 
 
 def _changed_checks(then: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,6 +9,9 @@ from kfp import dsl
 
 from cbd.errors import CbdError
 from cbd.files import replacing, write_json
+from cbd.heads import Head
+from components.anchors import TAG, told
+from components.inventory import seal
 from components.pages import View, delivery, measured, measures, provenance, render
 from components.pages.afterwards import afterwards
 from components.pages.canary import canary
@@ -74,17 +77,29 @@ def close(records: str, *, workspace: str, run_id: str, final_status: dict[str, 
     with step(records, "report") as outputs:
         result = report(records, out, final_status=final_status, workspace=workspace)
         outputs |= {"paths": {"report": str(out)}, "verdict": result["verdict"], "consistent": result["consistent"]}
-        outputs["tracking"] = _close_tracking(workspace, run_id, result=result, page=out)
+        head = _close_log(Path(workspace), result=result, page=out)
+        outputs["log"] = "closed" if isinstance(head, dict) else head
+        outputs["tracking"] = _close_tracking(workspace, run_id, result=result, page=out, head=head)
         if result["alarms"]:
             raise CbdError(f"the run contradicts its verdict: {result['alarms'][0]} See {out}")
 
 
-def _close_tracking(workspace: str, run_id: str, *, result: dict[str, Any], page: Path) -> str:
+def _close_log(workspace: Path, *, result: dict[str, Any], page: Path) -> Head | str:
+    """The head of the log after the line that seals the run; why there is none, where the log or its anchors refuse."""
+    try:
+        return seal(page.parent, workspace, records=read_run(str(page.parent / "records")).records, result=result)
+    except CbdError as error:
+        print(f"[report] the page stands, the log could not be closed: {error}", file=sys.stderr)
+        return f"not closed: {error}"
+
+
+def _close_tracking(workspace: str, run_id: str, *, result: dict[str, Any], page: Path, head: Head | str) -> str:
     from components.tracking import close_run
 
     ended_well = (result["verdict"] is not None or result["nothing_new"]) and result["consistent"] and not result["stopped"]
     try:
-        close_run(workspace, run_id, status="FINISHED" if ended_well else "FAILED", artifacts=[page, page.with_name("result.json")])
+        kept = {"artifacts": [page, page.with_name("result.json")], "tags": {TAG: told(head)} if isinstance(head, dict) else {}}
+        close_run(workspace, run_id, status="FINISHED" if ended_well else "FAILED", **kept)
     except CbdError as error:
         print(f"[report] the page stands, the tracking run could not be closed: {error}", file=sys.stderr)
         return f"not closed: {error}"

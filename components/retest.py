@@ -5,19 +5,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cbd.audit import LOG, append, ensure_key
+from cbd.audit import append
 from cbd.config import Gate, section_digest
+from cbd.decision import SignedDecision
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file
 from cbd.gate import VERDICTS, judge_again
+from cbd.signed_model import DEMANDED
+from components.anchors import close_log
 from components.controls import find_controls
-from components.decision import SignedDecision, read_decision, read_object
+from components.decision import read_decision, read_object
 from components.evaluate import EVALUATION, Compared, evaluate
 from components.places import TRUSTED
 from components.registry import fetch, find
 from components.scan import SCAN, scan
-from components.standing import Move, holder, read_moves
-from components.tracking import DEMANDED, check_reachable, drop_alias, fetch_model, find_aliases
+from components.standing import Move, demanded, holder, read_moves
+from components.tracking import check_reachable, drop_alias, fetch_model, find_aliases
 
 Row = dict[str, Any]
 
@@ -51,7 +54,7 @@ def retest(workspace: Path, *, policy: Gate, seed: int, demote: bool) -> list[Ro
         try:
             bundle = fetch_model(f"models:/{name}@{alias}", workspace)
             row |= _judge(bundle, read_decision(bundle, workspace), workspace, policy=policy, seed=seed, champion=champions.get(name))
-            row["passes"] = VERDICTS.index(row["verdict"]) <= VERDICTS.index(DEMANDED[alias])
+            row["passes"] = VERDICTS.index(row["verdict"]) <= VERDICTS.index(_worst(moves, name, alias))
             if alias == "champion" and (row["passes"] or not demote):
                 champions[name] = (bundle, version)
         except DataError as error:
@@ -61,6 +64,11 @@ def retest(workspace: Path, *, policy: Gate, seed: int, demote: bool) -> list[Ro
             row["demoted"] = _demote(workspace, row)
         rows.append(row)
     return rows
+
+
+def _worst(moves: list[Move], name: str, alias: str) -> str:
+    """The worst verdict with which a version keeps its alias."""
+    return demanded([move for move in moves if move["name"] == name], alias) or DEMANDED[alias]
 
 
 def _promoted(workspace: Path, moves: list[Move]) -> list[tuple[str, str, str]]:
@@ -121,11 +129,12 @@ def _demote(workspace: Path, row: Row) -> bool:
         return False
     if told:
         entry = {key: row[key] for key in ("name", "alias", "version", "verdict", "decision_digest")}
-        append(workspace / LOG, "demote", {**entry, "reason": row["sentence"]}, key=ensure_key(workspace))
+        append(workspace, "demote", {**entry, "reason": row["sentence"]})
+        close_log(workspace)
     drop_alias(workspace, row["name"], row["alias"])
     return True
 
 
 def _log(workspace: Path, event: str, row: Row, **more: Any) -> None:
     told = {key: value for key, value in row.items() if key not in ("passes", "demoted")}
-    append(workspace / LOG, event, {**told, **more}, key=ensure_key(workspace))
+    append(workspace, event, {**told, **more})

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cbd.audit import LOG, append, ensure_key
+from cbd.audit import LOG, append
+from cbd.decision import SignedDecision
 from cbd.errors import ConfigError, DataError
-from components.decision import SignedDecision, read_decision
-from components.standing import Move, holder, read_moves, whole_name, withdrawn
+from components.anchors import close_log
+from components.decision import read_decision
+from components.standing import Move, holder, lapsed, read_moves, whole_name, withdrawn
 from components.tracking import check_reachable, fetch_model, find_aliases, set_alias
 
 CHAMPION = "champion"
@@ -36,15 +38,22 @@ def rollback(name: str, workspace: Path, *, to: str | None, reason: str, by: str
     full_name = whole_name(name, moves)
     moves = [move for move in moves if move["name"] == full_name]
     check_reachable(workspace)
-    current = holder(moves, CHAMPION)
-    version = to or _previous(moves, full_name)
+    current, over = holder(moves, CHAMPION), lapsed(moves)
+    version = to or (over and current) or _previous(moves, full_name)
     signed = _check_version(moves, full_name, version, workspace)
-    told = {"name": full_name, "alias": CHAMPION, "version": version, "from": current, "decision_digest": signed.digest}
-    if version != current:
-        append(workspace / LOG, "rollback", {**told, "reason": reason, "by": by}, key=ensure_key(workspace))
+    told = {
+        "name": full_name,
+        "alias": CHAMPION,
+        "version": version,
+        "from": str(over["version"]) if over else current,
+        "decision_digest": signed.digest,
+    }
+    if version != current or over:
+        append(workspace, "rollback", {**told, "reason": reason, "by": by})
+        close_log(workspace)
     if find_aliases(workspace).get((full_name, CHAMPION)) != version:
         set_alias(workspace, full_name, CHAMPION, version)
-    return {**told, "moved": version != current, "reason": reason}
+    return {**told, "moved": version != current or over is not None, "reason": reason}
 
 
 def _previous(moves: Sequence[Move], name: str) -> str:
@@ -60,7 +69,7 @@ def _previous(moves: Sequence[Move], name: str) -> str:
 
 def _fit(moves: Sequence[Move]) -> list[str]:
     """Versions that were set as champion and neither demoted nor rolled back from since, in that order."""
-    champions = [str(move["version"]) for move in moves if move["alias"] == CHAMPION and move["event"] != "demote"]
+    champions = [str(move["version"]) for move in moves if move["alias"] == CHAMPION and move["event"] in ("register", "rollback")]
     return [version for version in champions if withdrawn(moves, version) is None]
 
 

@@ -250,13 +250,16 @@ def scan_step(
     """
     from pathlib import Path
 
+    from components.attestation import attest_scan
     from components.records import step
-    from components.scan import scan_run
+    from components.scan import SCAN, scan_run
 
     with step(records, "scan") as outputs:
         outputs["paths"] = {"scanned": scanned.path}
         paths = {"model": Path(model.path), "confounder": Path(confounder.path), "trusted_set": Path(trusted_set.path)}
         outputs |= scan_run(paths, Path(scanned.path), policy=gate, seed=seed, workspace=workspace)
+        about = {"model": paths["model"], "trusted_set": paths["trusted_set"], "policy": gate, "workspace": workspace}
+        outputs["attestation"] = attest_scan(records, Path(scanned.path) / SCAN, **about)
 
 
 def scan_run(paths: dict[str, Path], out: Path, *, policy: dict[str, Any], seed: int, workspace: str) -> dict[str, Any]:

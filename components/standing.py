@@ -1,4 +1,4 @@
-"""Who may stand behind an alias, by the signed log alone: it was put there by `register` or `rollback`, or taken away by `demote`.
+"""Who may stand behind an alias, by the signed log alone: put there by `register`, `rollback` or `override`, taken away by `demote`.
 
 MLflow keeps no history of its aliases and lets anyone move them; the log is what counts.
 """
@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cbd.audit import LOG, load_public_key, verify_log
+from cbd.audit import now
 from cbd.errors import DataError
+from cbd.heads import read_log
+from cbd.signed_model import DEMANDED
 
-EVENTS = ("register", "rollback", "demote")
+EVENTS = ("register", "rollback", "override", "demote")
 Move = dict[str, Any]
-"""Data of one of the events: `event`, `name`, `alias` (None: registered without one), `version`, and what each event adds."""
+"""Data of one of the events: `event`, `name`, `alias` (None: registered without one), `version`, and what each event adds; `expired`: an
+override that is over."""
 
 
 def read_moves(workspace: Path, name: str | None = None) -> list[Move]:
@@ -23,22 +26,49 @@ def read_moves(workspace: Path, name: str | None = None) -> list[Move]:
     Raises:
         DataError: the log was altered.
     """
-    if not (workspace / LOG).is_file():
-        return []
-    entries = verify_log(workspace / LOG, key=load_public_key(workspace))
+    entries = read_log(workspace)
     moves = [{**entry["data"], "event": entry["event"]} for entry in entries if entry["event"] in EVENTS]
+    mark_expired(moves, last=entries[-1]["time"] if entries else "")
     return [move for move in moves if name in (None, move["name"])]
+
+
+def mark_expired(moves: Sequence[Move], *, last: str) -> None:
+    """Marks the overrides that are over now; `last` is the time of the log's last entry, behind which a clock set back does not go."""
+    present = max(now(), last)
+    for move in moves:
+        if move["event"] == "override" and str(move["expires"]) <= present:
+            move["expired"] = True
 
 
 def holder(moves: Sequence[Move], alias: str) -> str | None:
     """The version of one model that `alias` must point to; None if it must not be there."""
-    current = None
+    move = standing(moves, alias)
+    return str(move.get("version")) if move else None
+
+
+def standing(moves: Sequence[Move], alias: str) -> Move | None:
+    """The event by which one model's version stands behind `alias`; an expired override never does, and what was there before is again."""
+    current: Move | None = None
     for move in moves:
-        if move["alias"] == alias and move["event"] != "demote":
-            current = str(move.get("version"))
-        elif move["alias"] == alias and move["version"] == current:
+        if move["alias"] != alias or move.get("expired"):
+            continue
+        if move["event"] != "demote":
+            current = move
+        elif current and move["version"] == str(current.get("version")):
             current = None
     return current
+
+
+def lapsed(moves: Sequence[Move]) -> Move | None:
+    """The override by which one model's champion stands although it is over; None if something else was decided since."""
+    last = [move for move in moves if move["alias"] == "champion"][-1:]
+    return last[0] if last and last[0].get("expired") else None
+
+
+def demanded(moves: Sequence[Move], alias: str) -> str | None:
+    """The worst verdict that the model behind `alias` may have."""
+    move = standing(moves, alias)
+    return "REVIEW" if move and move["event"] == "override" else DEMANDED.get(alias)
 
 
 def withdrawn(moves: Sequence[Move], version: str) -> Move | None:
@@ -49,6 +79,8 @@ def withdrawn(moves: Sequence[Move], version: str) -> Move | None:
             return move
         if move["event"] == "rollback" and version in (move["from"], move["version"]):
             found = move if move["from"] == version else None
+        if move["event"] == "override" and move["version"] == version:
+            found = None
     return found
 
 

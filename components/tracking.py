@@ -13,13 +13,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cbd.audit import LOG, locked
-from cbd.bundle import CARD, WEIGHTS, bundle_digest, read_card
+from cbd.audit import LOG
+from cbd.bundle import CARD, WEIGHTS, read_card
 from cbd.config import canonical_json
+from cbd.decision import DECISION
 from cbd.errors import ConfigError, DataError
-from cbd.files import replacing
-from components.decision import DECISION, SIGNATURE, read_decision
-from components.standing import Move, holder, read_moves, withdrawn
+from cbd.files import locked, replacing
+from cbd.heads import walk
+from cbd.keys import load_public_key
+from cbd.model_signature import MODEL_SIGNATURE, SIGNED_FILES
+from cbd.signed_model import check_model, check_verdict, copy_signed
+from components.decision import check_decision, find_signers
+from components.standing import Move, demanded, holder, read_moves, withdrawn
 from components.tracking_runs import LiveCurves, close_run, log_run, open_run, plain
 from components.tracking_store import LOCK, check_reachable, client, ignoring, shown, sqlite_file, tracking_uri
 
@@ -43,9 +48,7 @@ __all__ = [
     "tracking_uri",
 ]
 
-DEMANDED = {"champion": "PASS", "candidate": "REVIEW"}
-"""The verdict that the model behind an alias must have."""
-FILES = (WEIGHTS, CARD, DECISION, SIGNATURE)
+FILES = (*SIGNED_FILES, MODEL_SIGNATURE)
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 
 
@@ -74,8 +77,8 @@ def register_bundle(bundle: Path, decision: Path, *, workspace: Path, name: str,
     """
     run = open_run(workspace, tags["cbd.run_id"])
     with client(workspace) as mlflow, tempfile.TemporaryDirectory() as staging:
-        for source in (bundle / WEIGHTS, bundle / CARD, decision / DECISION, decision / SIGNATURE):
-            shutil.copyfile(source, Path(staging) / source.name)
+        for file in FILES:
+            shutil.copyfile((bundle if file in (WEIGHTS, CARD) else decision) / file, Path(staging) / file)
         experiment = mlflow.get_run(run).info.experiment_id
         model = mlflow.create_logged_model(experiment, name=name, source_run_id=run, tags=dict(tags), model_type="safetensors bundle")
         mlflow.log_model_artifacts(model.model_id, staging)
@@ -144,7 +147,7 @@ def fetch_model(uri: str, workspace: Path | str) -> Path:
         folder = Path(uri)
         read_card(folder)
         if (folder / DECISION).exists():
-            _verify_bundle(folder, place, None)
+            _verify_bundle(folder, place)
         return folder
     match = _MODEL_URI.fullmatch(uri)
     if not match:
@@ -167,8 +170,8 @@ def _fetch_version(uri: str, name: str, alias: str | None, version: str | None, 
         if alias:
             _check_alias(moves, name, alias, version)
         fetched = Path(download_artifacts(artifact_uri=source, dst_path=staging, tracking_uri=tracking_uri(workspace)))
-        staged = _take_bundle(fetched, Path(staging) / "bundle", uri)
-        digest = _verify_bundle(staged, workspace, alias)
+        staged = copy_signed(fetched, Path(staging) / "bundle", told=f"{uri} in the registry")
+        digest = _verify_bundle(staged, workspace, alias, demanded(moves, alias) if alias else None)
         _check_registered(moves, version, digest, uri)
         target = workspace / "fetched" / digest
         with locked(workspace / LOCK):
@@ -178,38 +181,26 @@ def _fetch_version(uri: str, name: str, alias: str | None, version: str | None, 
     return target
 
 
-def _take_bundle(fetched: Path, out: Path, uri: str) -> Path:
-    """A copy of exactly the bundle's and the decision's files; nobody else changes it between check and use."""
-    out.mkdir()
-    for name in FILES:
-        if not (fetched / name).is_file():
-            raise DataError(f"{uri}: {name} is missing in the registry; only a bundle with its signed decision is used, register it again")
-        shutil.copyfile(fetched / name, out / name)
-    return out
+def _verify_bundle(folder: Path, workspace: Path, alias: str | None = None, worst: str | None = None) -> str:
+    """The decision's digest, after checking all that `cbd.load` does, and that the workspace's log names the decision.
 
-
-def _verify_bundle(folder: Path, workspace: Path, alias: str | None) -> str:
-    """The decision's digest, after checking that the bundle in `folder` is the one that the signed decision beside it names."""
-    signed, card = read_decision(folder, workspace), read_card(folder)
-    digest, content = bundle_digest(folder), signed.content
-    if card.kind == "confounder":
-        raise DataError(f"{folder}: a confounder holds the backdoor by design and is never deployed; register the deconfounded model")
-    if digest != content["digests"]["model"]:
-        found = str(content["digests"]["model"])[:12]
-        raise DataError(f"{folder}: altered: the model is {digest[:12]}, its signed decision is about {found}; register the model again")
-    if alias and (content["trial"] or content["verdict"] != DEMANDED.get(alias)):
-        what = "a trial" if content["trial"] else f"verdict {content['verdict']}"
-        raise DataError(
-            f"{folder}: behind the alias {alias} stands {what}; expected {DEMANDED.get(alias)}, run the pipeline to set it again"
-        )
-    return signed.digest
+    Behind an alias its verdict must be what the alias demands, or `worst`, which an override allows.
+    """
+    signers = find_signers(walk(workspace))
+    digest = check_decision(folder, signers, key=load_public_key(workspace)).digest
+    signed = check_model(folder, [signers["decision", digest]])
+    if alias:
+        check_verdict(signed, alias, told=str(folder), worst=worst)
+    return digest
 
 
 def _check_alias(moves: Sequence[Move], name: str, alias: str, version: str) -> None:
     told, fallen = holder(moves, alias), withdrawn(moves, version)
     if told == version:
         return
+    over = [move["expires"] for move in moves if move.get("expired") and move["version"] == version]
     why = f" (version {version}: {fallen['event']}, {fallen['reason']:.200})" if fallen else ""
+    why = f" (version {version}: its override expired on {over[-1]})" if over else why
     raise DataError(
         f"models:/{name}@{alias} is version {version}, {LOG} last set {told or 'none'}{why}: the alias was moved; {_mend(name, told)}"
     )

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
-from cbd.audit import locked
 from cbd.errors import ConfigError, EnvironmentFault
+from cbd.files import locked
 from components.tracking_store import EXPERIMENT, LOCK, artifact_root, client, tracking_uri
 
 if TYPE_CHECKING:
@@ -72,14 +72,16 @@ def log_run(
                 mlflow.log_artifact(run, str(path))
 
 
-def close_run(workspace: Path | str, run_id: str, *, status: str, artifacts: Sequence[Path] = ()) -> None:
-    """Ends the tracking run with `status` (FINISHED, FAILED or KILLED) and keeps `artifacts` with it.
+def close_run(
+    workspace: Path | str, run_id: str, *, status: str, artifacts: Sequence[Path] = (), tags: Mapping[str, str] | None = None
+) -> None:
+    """Ends the tracking run with `status` (FINISHED, FAILED or KILLED) and keeps `artifacts` and `tags` with it.
 
     Raises:
         EnvironmentFault: MLflow is out of reach.
     """
     place = Path(workspace)
-    log_run(place, run_id, artifacts=artifacts)
+    log_run(place, run_id, tags=tags, artifacts=artifacts)
     with client(place) as mlflow:
         mlflow.set_terminated(open_run(place, run_id), status)
 

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cbd.audit import locked
 from cbd.errors import ConfigError, EnvironmentFault
-from cbd.files import disk_fault, replacing
+from cbd.files import disk_fault, locked, replacing
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -222,6 +222,7 @@ def train_confounder_step(
     """
     from pathlib import Path
 
+    from components.attestation import attest_training
     from components.records import step
     from components.train_confounder import train_confounder
     from components.training import training_params
@@ -231,3 +232,4 @@ def train_confounder_step(
         params = training_params(seed, preset, model_params, confounder=confounder_params)
         made = {"params": params, "checkpoints": Path(workspace) / "checkpoints", "tracked": (workspace, run_id)}
         outputs |= train_confounder(Path(dataset.path), Path(confounder.path), **made)
+        outputs["attestation"] = attest_training(records, "train_confounder", Path(confounder.path), workspace=workspace)

@@ -170,6 +170,7 @@ def train_deconfounded_step(
     """
     from pathlib import Path
 
+    from components.attestation import attest_training
     from components.records import step
     from components.train_deconfounded import train_deconfounded
     from components.training import training_params
@@ -180,3 +181,5 @@ def train_deconfounded_step(
         made = {"params": params, "checkpoints": Path(workspace) / "checkpoints", "tracked": (workspace, run_id)}
         out = {"model": Path(model.path), "evidence": Path(evidence.path)}
         outputs |= train_deconfounded(Path(dataset.path), Path(confounder.path), **out, **made)
+        used = {"confounder": Path(confounder.path), "workspace": workspace}
+        outputs["attestation"] = attest_training(records, "train_deconfounded", out["model"], **used)

@@ -148,10 +148,13 @@ def version_step(
     """
     from pathlib import Path
 
+    from components.attestation import attest_version
     from components.records import step
     from components.version import version, version_trusted_set
 
     with step(records, "version") as outputs:
         outputs["trusted_tag"] = version_trusted_set(Path(trusted_set.path), workspace=workspace)["tag"]
         outputs |= version(Path(dataset.path), workspace=workspace, supplier=supplier, truths=[Path(truth.path)])
+        sets = (Path(dataset.path), Path(trusted_set.path))
+        outputs["attestation"] = attest_version(records, *sets, revision=outputs["revision"], workspace=workspace)
         Path(revision).write_text(outputs["revision"])

@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-from pipelines.outcome import EXIT_CODES
 from pipelines.progress import printable
 
 
@@ -15,6 +14,8 @@ def tell_result(result: dict[str, Any], as_json: bool, *, following: str | None 
         for line in _lines(result):
             print(printable(line))
         print(f"next: {following or _following(result)}")
+    from pipelines.outcome import EXIT_CODES
+
     return EXIT_CODES[result["verdict"] or "NOTHING_NEW"]
 
 
@@ -43,6 +44,8 @@ def tell_rejudged(outputs: dict[str, Any], as_json: bool) -> int:
         for line in _changes(outputs):
             print(printable(line))
         print(f"next: cbd report {outputs['run_dir']}")
+    from pipelines.outcome import EXIT_CODES
+
     return EXIT_CODES[outputs["verdict"]]
 
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from cbd.audit import LOG, append
 from cbd.errors import CbdError, DataError
-from cbd.files import write_json
+from cbd.files import sha256_file, write_json
 from components.records import read_records
 from pipelines.progress import STEPS
 
@@ -86,7 +87,10 @@ def write_report(run_dir: Path) -> Path:
     from components.report import report
 
     page = run_dir / "report.html"
-    report(str(run_dir / "records"), page, workspace=str(run_dir.parent.parent))
+    workspace = run_dir.parent.parent
+    report(str(run_dir / "records"), page, workspace=str(workspace))
+    if (workspace / LOG).is_file():
+        append(workspace, "report", {"run_id": run_dir.name, "page_sha256": sha256_file(page)})
     write_result(run_dir)
     return page
 

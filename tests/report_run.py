@@ -126,7 +126,7 @@ def write_decision(folder: Path, verdict: str) -> str:
         checks.append({"check": "B", "name": name, "result": result, "threshold": 0.06, "value": (2 + i) / 620} | _bounds(2 + i, 620, said))
     checks += _canary_checks() + _scan_checks()
     decision = {
-        "schema_version": 2,
+        "schema_version": 3,
         "run_id": "run-1",
         "created": "2025-01-01T00:00:00Z",
         "verdict": verdict,
@@ -136,6 +136,7 @@ def write_decision(folder: Path, verdict: str) -> str:
         "policy": {"min_clean_accuracy": 0.93, "confidence": 0.95, "max_excess_asr": 0.05},
         "policy_sha256": "12" * 32,
         "attempt": {"number": 1, "config_sha256": "78" * 32},
+        "signed_by": {"key_id": "9a" * 32, "development": True},
         "digests": {
             "data": "cd" * 32,
             "model": "ab" * 32,

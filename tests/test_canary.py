@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from decided_case import make_case
 
-from cbd.audit import LOG, append, ensure_key, verify_log
+from cbd.audit import LOG, append, verify_log
 from cbd.config import Canary, Confounder, Deconfounded, Gate, Params
 from cbd.dataset import make_row, read_info, to_batches, write_dataset
 from cbd.errors import DataError
 from cbd.files import sha256_file, write_json
 from cbd.images import encode_png
+from cbd.keys import ensure_key
 from cbd.measurements import read_canary
 from components.attempts import number_attempt
 from components.canary import CANARY, KEPT, canary, logged
@@ -81,11 +82,10 @@ def test_a_canary_is_measured_versioned_and_named_in_the_log(sets: Path, rehears
 def test_a_young_canary_is_used_again_and_an_old_one_is_not(sets: Path, workspace: Path) -> None:
     told, file = rehearse(sets, workspace, run_id="run-2", out="again")
     assert told["reused"] and json.loads(file.read_text())["run_id"] == "run-1"
-    key = ensure_key(workspace)
     for _ in range(2):
-        append(workspace / LOG, "decision", {"trial": False}, key=key)
+        append(workspace, "decision", {"trial": False})
     assert rehearse(sets, workspace, out="third")[0]["reused"]
-    append(workspace / LOG, "decision", {"trial": False}, key=key)
+    append(workspace, "decision", {"trial": False})
     assert not rehearse(sets, workspace, out="fourth")[0]["reused"]
 
 
@@ -130,7 +130,7 @@ def test_a_canary_that_was_measured_on_another_trusted_set_is_refused(tmp_path: 
     case = make_case(tmp_path, make_evaluation)
     write_json(tmp_path / "other" / CANARY, {**make_canary(), "trusted_digest": "e" * 64})
     told = {"sha256": sha256_file(tmp_path / "other" / CANARY), "config_sha256": "0" * 64, "run_id": "r"}
-    append(tmp_path / LOG, "canary", told, key=ensure_key(tmp_path))
+    append(tmp_path, "canary", told)
     with pytest.raises(DataError, match="measured trusted set 'eeeeeeeeeeee'"):
         replace(case, subject=replace(case.subject, canary=tmp_path / "other")).decide()
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from decided_case import POLICY, change_json, make_bundle, make_case, swap
 
-from cbd.audit import ensure_key, sign, verify_log
+from cbd.audit import verify_log
 from cbd.bundle import bundle_digest
 from cbd.config import canonical_json
 from cbd.errors import ConfigError, DataError
+from cbd.keys import ensure_key, sign
 from components.decide import Subject, decide, decide_step, refuse_step
 from components.decision import read_decision
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from delivery_files import LIMITS, encode, pixels, places, png, write_classes
 
-from cbd.audit import LOG, append, ensure_key, verify_log
+from cbd.audit import LOG, append, verify_log
 from cbd.bundle import BundleCard, bundle_digest
 from cbd.dataset import make_row, read_info, read_manifest, to_batches, write_dataset
 from cbd.errors import DataError
@@ -40,13 +40,13 @@ def deliver(workspace: Path, delivery: Path, run_id: str, *, verdict: str | None
     given = IngestOptions(**{"supplier": "acme", "workspace": workspace, "run_id": run_id, **options})
     told = ingest(str(delivery), str(trusted), outputs=places(out), params=LIMITS, options=given)
     if verdict:
-        key, info = ensure_key(workspace), read_info(out / "dataset")
+        info = read_info(out / "dataset")
         store(out / "dataset", info.digest, of_delivery("acme", "2026-11-25"), workspace=workspace)
         digests = {"data": told["digest"], "trusted": told["trusted_digest"], "model": "0" * 64}
         about = {"run_id": run_id, "decision_digest": hashlib.sha256(run_id.encode()).hexdigest()}
-        append(workspace / LOG, "decision", {**about, "digests": digests, "trial": False, "verdict": verdict}, key=key)
+        append(workspace, "decision", {**about, "digests": digests, "trial": False, "verdict": verdict})
         alias = {"PASS": "champion", "REVIEW": "candidate"}.get(verdict)
-        append(workspace / LOG, "register", {**about, "name": NAME, "alias": alias}, key=key)
+        append(workspace, "register", {**about, "name": NAME, "alias": alias})
     return told
 
 

@@ -17,8 +17,10 @@ import pytest
 from report_run import STEPS, edit_record, fail_record, make_run, write_decision
 
 from cbd import audit
+from cbd.config import canonical_json
 from cbd.errors import CbdError, EnvironmentFault
 from cbd.files import write_json
+from cbd.heads import read_heads
 from components import decision, register
 from components import summary as told
 from components.charts import bar, histogram, interval, nice, ticks
@@ -53,7 +55,8 @@ def tell(run: Path, **options: Any) -> tuple[dict[str, Any], str]:
 def _sign(run: Path, workspace: Path) -> None:
     """Signs the run's decision with the key of a workspace, and enters it into the log there."""
     folder = run / "kfp" / "decision"
-    decision.write_decision(json.loads((folder / "decision.json").read_text()), folder, workspace)
+    digest = decision.write_decision(json.loads((folder / "decision.json").read_text()), folder, workspace)
+    edit_record(str(run / "records"), "decide", outputs={"decision_digest": digest})
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -378,8 +381,12 @@ def test_the_page_tells_what_became_of_the_verdict_and_the_model_since(run: Path
         ("rollback", {**model, "version": "3", "from": "5", "decision_digest": own, "reason": "five is slow", "by": "Ada"}),
         ("demote", {**model, "version": "3", "decision_digest": own, "verdict": "BLOCK", "reason": "a trigger works"}),
         ("register", {**model, "version": "6", "decision_digest": other}),
+        (
+            "override",
+            {**model, "version": "3", "decision_digest": own, "expires": "2027-01-31T12:00:00.000Z", "reason": "no other", "by": "Ada"},
+        ),
     ]:
-        audit.append(workspace / audit.LOG, event, entry, key=audit.ensure_key(workspace))
+        audit.append(workspace, event, entry)
     page = tell(run, workspace=str(workspace))[1]
     part = page.partition('<section id="since">')[2].partition("</section>")[0]
     said = re.findall(r"<td><bdi>(.*?)</bdi></td><td>(.*?)</td>", part, re.DOTALL)
@@ -390,6 +397,7 @@ def test_the_page_tells_what_became_of_the_verdict_and_the_model_since(run: Path
         ("No longer champion: version 4 took its place.", ""),
         ("Champion again, by Ada: five is slow", ""),
         ("Lost the alias champion. a trigger works", ""),
+        ("Champion until 2027-01-31 12:00 all the same, by Ada: no other", ""),
     ]
     log = (workspace / audit.LOG).read_text()
     (workspace / audit.LOG).write_text(log.replace("five is slow", "five is fast"))
@@ -406,7 +414,7 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The calls to the tracking module, which is stood in for: importing MLflow costs seconds."""
     calls: list[tuple[Any, ...]] = []
     module = types.ModuleType("components.tracking")
-    module.close_run = lambda workspace, run_id, *, status, artifacts: calls.append((run_id, status, artifacts))  # type: ignore[attr-defined]
+    module.close_run = lambda workspace, run_id, *, status, artifacts, tags: calls.append((run_id, status, artifacts, tags))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "components.tracking", module)
     return calls
 
@@ -419,7 +427,8 @@ def test_the_step_can_be_imported_inside_a_task() -> None:
 def test_the_step_closes_the_tracking_run_with_the_page(run: Path, tmp_path: Path, closed: list[tuple[Any, ...]]) -> None:
     _sign(run, tmp_path / "w")
     close(str(run / "records"), workspace=str(tmp_path / "w"), run_id="run-1")
-    assert closed == [("run-1", "FINISHED", [run / "report.html", run / "result.json"])]
+    head = read_heads(tmp_path / "w" / "heads.jsonl")[-1]
+    assert closed == [("run-1", "FINISHED", [run / "report.html", run / "result.json"], {"cbd.log_head": canonical_json(head).decode()})]
     record = json.loads((run / "records" / "report.json").read_text())
     assert record["status"] == "succeeded" and record["outputs"]["consistent"] is True
     assert "report" in json.loads((run / "result.json").read_text())["seconds"]

@@ -10,10 +10,11 @@ import pytest
 from command import cbd
 from decided_case import Case, make_case
 
-from cbd.audit import LOG, append, ensure_key, verify_log
+from cbd.audit import LOG, append, verify_log
 from cbd.bundle import bundle_digest
 from cbd.dataset import read_info
 from cbd.errors import ConfigError, DataError
+from cbd.heads import HEADS
 from components.accepted import decided, last_accepted
 from components.register import register
 from components.rollback import rollback
@@ -63,7 +64,7 @@ def demote(workspace: Path, version: str, alias: str = "champion", verdict: str 
     registered = [entry["data"] for entry in verify_log(workspace / LOG) if entry["event"] == "register"]
     digest = next(told["decision_digest"] for told in registered if told["version"] == version)
     told = {"name": NAME, "alias": alias, "version": version, "verdict": verdict, "decision_digest": digest, "reason": "found out"}
-    append(workspace / LOG, "demote", told, key=ensure_key(workspace))
+    append(workspace, "demote", told)
     drop_alias(workspace, NAME, alias)
 
 
@@ -171,6 +172,9 @@ def test_a_removed_log_line_is_refused(workspace: Path, two: tuple[Case, Case]) 
     back(workspace)
     lines = (workspace / LOG).read_bytes().splitlines(keepends=True)
     (workspace / LOG).write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(DataError, match="head .* is over 5 lines, the log has 4: it was cut off"):
+        fetch_model(f"models:/{NAME}@champion", workspace)
+    (workspace / HEADS).unlink()
     with pytest.raises(DataError, match="the alias was moved"):
         fetch_model(f"models:/{NAME}@champion", workspace)
     (workspace / LOG).write_bytes(b"".join(lines[:2] + lines[3:]))
@@ -240,7 +244,7 @@ def test_a_run_that_was_added_to_a_delivery_demoted_meanwhile_gets_no_alias(
 
 def test_a_bare_name_must_be_unambiguous(workspace: Path, make_evaluation: Make, two: tuple[Case, Case]) -> None:
     told = {"name": "model-0123abcd", "version": "1", "alias": "champion", "decision_digest": "0" * 64, "run_id": "run-9"}
-    append(workspace / LOG, "register", told, key=ensure_key(workspace))
+    append(workspace, "register", told)
     refused(workspace, f"name one of: {NAME}, model-0123abcd")
     assert back(workspace, name=NAME)["version"] == "1"
 

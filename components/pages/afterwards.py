@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from cbd.audit import LOG, load_public_key, verify_log
+from cbd.audit import LOG
+from cbd.decision import REJUDGES
 from cbd.errors import DataError
-from components.decision import REJUDGES
+from cbd.heads import read_log
 from components.pages import View, absent
 from components.pages.text import clip
+from components.standing import EVENTS
 from components.summary import Run
 
 Told = dict[str, Any]
@@ -24,7 +26,7 @@ def afterwards(run: Run) -> View:
     if not (run.workspace / LOG).is_file():
         raise DataError(f"the workspace has no {LOG}")
     registered, rows, leads = run.outputs("register"), [], False
-    for entry in verify_log(run.workspace / LOG, key=load_public_key(run.workspace)):
+    for entry in read_log(run.workspace):
         event, told = entry["event"], entry["data"]
         own = decided in (told.get("decision_digest"), told.get(REJUDGES))
         displaced = leads and _moves_champion(event, told, registered) and str(told["version"]) != str(registered.get("version"))
@@ -40,7 +42,7 @@ def afterwards(run: Run) -> View:
 
 def _moves_champion(event: str, told: Told, registered: Told) -> bool:
     """Whether the event puts a version of the run's model behind the alias `champion`, or takes it away."""
-    return event in ("register", "rollback", "demote") and (told.get("name"), told.get("alias")) == (registered.get("name"), "champion")
+    return event in EVENTS and (told.get("name"), told.get("alias")) == (registered.get("name"), "champion")
 
 
 def _registered(told: Told) -> str:
@@ -63,6 +65,10 @@ def _rolled_back(told: Told) -> str:
     return f"Champion again, by {told['by']}: {told['reason']}"
 
 
+def _overridden(told: Told) -> str:
+    return f"Champion until {str(told['expires'])[:16].replace('T', ' ')} all the same, by {told['by']}: {told['reason']}"
+
+
 def _displaced(told: Told) -> str:
     why = f", by {told['by']}: {told['reason']}" if "reason" in told else "."
     return f"No longer champion: version {told['version']} took its place{why}"
@@ -74,5 +80,6 @@ SAID: dict[str, Callable[[Told], str]] = {
     "retest": _retested,
     "demote": _demoted,
     "rollback": _rolled_back,
+    "override": _overridden,
 }
 """Events of the log that are about a verdict or its model, each with what the page says of it."""

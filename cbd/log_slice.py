@@ -1,0 +1,91 @@
+"""A slice of the log: the lines about one run, each with a proof that it stands in the tree under one signed head."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from cbd.audit import Entry, parse_line
+from cbd.config import canonical_json
+from cbd.decision import SignedDecision
+from cbd.errors import DataError
+from cbd.heads import Head, is_by, parse_head
+from cbd.keys import PublicKey, key_id, verify
+from cbd.merkle import Hash, includes, inclusion_proof, leaf_hash
+
+LOG_SLICE = "log.json"
+
+
+def make_slice(lines: Iterable[tuple[Entry, Hash]], head: Head, signed: SignedDecision) -> bytes:
+    """The slice about the run that was decided on, as canonical JSON; `lines` are all that the head is over."""
+    kept, leaves = [], []
+    for entry, leaf in lines:
+        leaves.append(leaf)
+        if _is_about(entry, signed):
+            kept.append(entry)
+    proofs = [[node.hex() for node in inclusion_proof(entry["seq"] - 1, leaves)] for entry in kept]
+    listed = [{"entry": entry, "path": path} for entry, path in zip(kept, proofs, strict=True)]
+    return canonical_json({"schema_version": 1, "head": head, "lines": listed})
+
+
+def check_slice(data: bytes, signed: SignedDecision, keys: Sequence[PublicKey], *, told: str) -> dict[str, Any]:
+    """The head's size and time, what became of the model, and how many lines there are, after checking every signature and proof.
+
+    Args:
+        data: what `make_slice` gave.
+        signed: the decision, which one of the lines must name.
+        keys: who may have signed head and lines.
+        told: how an error names it.
+
+    Raises:
+        DataError: no slice, edited, not in the tree, signed by no trusted key, or the decision is not in it.
+    """
+    head, lines = _parse(data, told)
+    if not any(is_by(head, key) for key in keys):
+        raise DataError(f"{told}: the head is altered, or of key {head['key_id'][:12]!r}, not a trusted one; export the run again")
+    entries = [_check_line(line, head, keys, f"{told}: line {number} of it") for number, line in enumerate(lines, 1)]
+    if [entry["seq"] for entry in entries] != sorted({entry["seq"] for entry in entries}):
+        raise DataError(f"{told}: lines are doubled or out of order; export the run again")
+    decided = [entry for entry in entries if entry["event"] == "decision" and entry["data"].get("decision_digest") == signed.digest]
+    if len(decided) != 1 or decided[0]["data"].get("verdict") != signed.content["verdict"]:
+        raise DataError(f"{told}: names no decision {signed.digest[:12]}; export the run again")
+    moves = [entry for entry in entries if entry["event"] in ("register", "rollback", "demote")]
+    became = f"{moves[-1]['event']} {moves[-1]['data'].get('alias') or 'without an alias'}" if moves else "not registered"
+    return {"log_lines": len(entries), "log_size": head["size"], "head_time": head["time"], "head_root": head["root"], "became": became}
+
+
+def _is_about(entry: Entry, signed: SignedDecision) -> bool:
+    data = entry["data"]
+    return bool(data.get("decision_digest") == signed.digest or data.get("run_id") == signed.content["run_id"])
+
+
+def _parse(data: bytes, told: str) -> tuple[Head, list[dict[str, Any]]]:
+    try:
+        values = json.loads(data)
+        same = canonical_json(values) == data and set(values) == {"schema_version", "head", "lines"} and values["schema_version"] == 1
+    except (ValueError, RecursionError, TypeError):
+        same = False
+    if not same or not isinstance(values["lines"], list) or not all(_is_line(line) for line in values["lines"]):
+        raise DataError(f"{told}: expected a slice of a log in canonical JSON, found something else; export the run again")
+    return parse_head(canonical_json(values["head"]), told=f"{told}: head"), values["lines"]
+
+
+def _is_line(line: Any) -> bool:
+    if not isinstance(line, dict) or set(line) != {"entry", "path"} or not isinstance(line["path"], list):
+        return False
+    return all(isinstance(node, str) and len(node) == 64 and set(node) <= set("0123456789abcdef") for node in line["path"])
+
+
+def _check_line(line: dict[str, Any], head: Head, keys: Sequence[PublicKey], told: str) -> Entry:
+    text = canonical_json(line["entry"])
+    try:
+        entry = parse_line(text + b"\n")
+        signature = bytes.fromhex(entry["hash"]), entry["signature"]
+    except ValueError as error:
+        raise DataError(f"{told} {error}; export the run again") from None
+    if not any(verify(*signature, key) for key in keys):
+        trusted = ", ".join(key_id(key)[:12] for key in keys)
+        raise DataError(f"{told} was not signed by a trusted key ({trusted}); export the run again")
+    path = [bytes.fromhex(node) for node in line["path"]]
+    if not includes(leaf_hash(text), entry["seq"] - 1, head["size"], path, bytes.fromhex(head["root"])):
+        raise DataError(f"{told} is not in the tree of the head over {head['size']} lines; export the run again")
+    return entry

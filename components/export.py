@@ -1,0 +1,86 @@
+"""A run's evidence in one folder, signed, for whoever has the workspace's public key and nothing else."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cbd.attest import STATEMENT, resources, seal
+from cbd.bundle import CARD, WEIGHTS
+from cbd.decision import DECISION, SIGNATURE, SignedDecision
+from cbd.errors import DataError
+from cbd.exported import ATTESTATIONS, DATA, EXPORT, MANIFEST, REPORT, expected_files, verify_export
+from cbd.files import replacing, sha256_file
+from cbd.heads import sign_head, walk
+from cbd.keys import ensure_key, key_id
+from cbd.log_slice import LOG_SLICE, make_slice
+from cbd.model_signature import MODEL_SIGNATURE
+from components.attestation import folder_of
+from components.bom import BOM
+from components.decision import read_decision
+from components.summary import Run, read_run
+
+_MADE_BY = {
+    WEIGHTS: ("train_deconfounded", "model"),
+    CARD: ("train_deconfounded", "model"),
+    "validation.json": ("validate", "validation"),
+    "evaluation.json": ("evaluate", "evaluation"),
+    "scan.json": ("scan", "scanned"),
+    "canary.json": ("canary", "canary"),
+    **dict.fromkeys((DECISION, SIGNATURE, MODEL_SIGNATURE, BOM), ("decide", "decision")),
+}
+"""Which step made a file, and in which of its artifacts."""
+
+
+def export_run(run_dir: Path, workspace: Path, out: Path) -> dict[str, Any]:
+    """What the export in the folder `out` proves (see `cbd.exported.verify_export`), which was verified before it stands there.
+
+    Signs a new head of the log, so that the slice is up to date.
+
+    Raises:
+        DataError: the run has no decision of this workspace, something is missing, or was altered since.
+        EnvironmentFault: `out` cannot be written.
+    """
+    run = read_run(str(run_dir / "records"))
+    decision = run.path("decide", "decision")
+    if decision is None:
+        raise DataError(f"{run_dir}: was not decided on, there is nothing to prove; see {run_dir / REPORT}")
+    signed = read_decision(decision, workspace)
+    sources = {name: _source(run, run_dir, name) for name in sorted(expected_files(signed.content["digests"]) - {LOG_SLICE})}
+    head = sign_head(workspace)
+    lines = [line for line in walk(workspace) if line.entry["seq"] <= head["size"]]
+    with replacing(out) as temporary:
+        for name, source in sources.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, temporary / name)
+        (temporary / LOG_SLICE).write_bytes(make_slice(((line.entry, line.leaf) for line in lines), head, signed))
+        write_manifest(temporary, signed, workspace)
+        signers = {key_id(key): key for line in lines for key in (line.key, line.following) if key is not None}
+        try:
+            return verify_export(temporary, list(signers.values()))
+        except DataError as error:
+            raise DataError(f"run {signed.content['run_id']} does not hold: {str(error).replace(str(temporary), str(out))}") from None
+
+
+def write_manifest(folder: Path, signed: SignedDecision, workspace: Path) -> None:
+    """Writes `manifest.json`: an attestation whose subjects are all other files in the folder."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST]
+    files = {path.relative_to(folder).as_posix(): sha256_file(path) for path in found}
+    about = {"run_id": signed.content["run_id"], "decision_digest": signed.digest}
+    statement = {"_type": STATEMENT, "subject": resources(files), "predicateType": EXPORT, "predicate": about}
+    (folder / MANIFEST).write_bytes(seal(statement, ensure_key(workspace)))
+
+
+def _source(run: Run, run_dir: Path, name: str) -> Path:
+    """Where a file of the export lies in the run."""
+    folder, _, file = name.rpartition("/")
+    if name == REPORT:
+        path: Path | None = run_dir / REPORT
+    elif folder == ATTESTATIONS:
+        path = folder_of(str(run_dir / "records")) / file
+    elif folder == DATA:
+        path = run.path("ingest", file.removesuffix(".json"), "dataset.json")
+    else:
+        path = run.path(*_MADE_BY[file], file)
+    if path is None or not path.is_file():
+        raise DataError(f"{run_dir}: {file} is missing there, it was removed or made by an older version; export a whole run")
+    return path

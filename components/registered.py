@@ -1,0 +1,88 @@
+"""What stands in MLflow's registry, compared with the log: read from its SQLite file, without MLflow."""
+
+import contextlib
+import sqlite3
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from cbd.audit import LOG
+from cbd.bundle import bundle_digest, read_card
+from cbd.errors import DataError
+from cbd.signed_model import DEMANDED
+from components.standing import Move, holder, lapsed
+from components.tracking_store import sqlite_file, tracking_uri
+
+
+def check_registry(workspace: Path, moves: Sequence[Move]) -> Iterator[str]:
+    """A sentence for each alias, and one for the models: aliases are where the log put them, models are those that it names.
+
+    Without an SQLite file, where MLflow is a server, the log alone is looked at.
+
+    Args:
+        workspace: with the store.
+        moves: the log's events about registered models, expired overrides marked.
+
+    Raises:
+        DataError: an alias was moved, stands by an override that is over, or a registered model was altered or exchanged.
+    """
+    names = sorted({str(move["name"]) for move in moves})
+    file = sqlite_file(tracking_uri(workspace))
+    if file is None or not file.is_file():
+        for name in names:
+            if over := lapsed([move for move in moves if move["name"] == name]):
+                raise DataError(_expired(name, over))
+        if names:
+            yield "registry: not looked at, MLflow is a server; what is fetched from it is verified each time"
+        return
+    rows = _rows(file, "SELECT name, alias, version FROM registered_model_aliases")
+    aliases = {(name, alias): str(version) for name, alias, version in rows}
+    for name in names:
+        yield from _check_aliases(file, name, [move for move in moves if move["name"] == name], aliases)
+    sources = {(name, str(version)): source for name, version, source in _rows(file, "SELECT name, version, source FROM model_versions")}
+    registered = [(move, _local(sources.get((move["name"], str(move["version"]))))) for move in moves if move["event"] == "register"]
+    found = [_check_model(move, folder) for move, folder in registered if folder is not None]
+    if found:
+        yield f"registry: {len(found)} registered models are those that the log names"
+
+
+def _check_aliases(file: Path, name: str, moves: Sequence[Move], aliases: dict[tuple[str, str], str]) -> Iterator[str]:
+    for alias in DEMANDED:
+        told, found, over = holder(moves, alias), aliases.get((name, alias)), lapsed(moves)
+        if told != found and over and alias == over["alias"] and found == str(over["version"]):
+            raise DataError(_expired(name, over))
+        if told != found:
+            what = f"is version {found or 'none'}, {LOG} last set {told or 'none'}: the alias was moved"
+            raise DataError(f"{file}: models:/{name}@{alias} {what}; set it right with cbd rollback, or cbd retest --demote")
+        if told:
+            yield f"{alias}: models:/{name} version {told}, as the log last set it"
+
+
+def _check_model(move: Move, folder: Path) -> str:
+    """The digest of a registered model, which is the one that the log names."""
+    read_card(folder)
+    if (found := bundle_digest(folder)) != move["model_digest"]:
+        told = f"version {move['version']} of {move['name']} is {found[:12]}, {LOG} registered {move['model_digest'][:12]}"
+        raise DataError(f"{folder}: altered: {told}; restore the model")
+    return found
+
+
+def _expired(name: str, move: Move) -> str:
+    return (
+        f"{name} version {move['version']}: is champion by an override that expired on {move['expires']}; "
+        f"run: cbd rollback {name} --reason WHY, or cbd retest --demote"
+    )
+
+
+def _rows(file: Path, query: str) -> list[tuple[str, ...]]:
+    with contextlib.closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=30)) as store:
+        try:
+            return store.execute(query).fetchall()
+        except sqlite3.Error as error:
+            raise DataError(f"{file}: cannot be read as MLflow's store: {error}; restore it from a copy") from None
+
+
+def _local(source: str | None) -> Path | None:
+    """The folder of a model that lies in files."""
+    parts = urllib.parse.urlsplit(source or "")
+    return Path(urllib.parse.unquote(parts.path)) if parts.scheme == "file" or (source and not parts.scheme) else None

@@ -1,0 +1,182 @@
+"""Heads outside the log's folder: in git notes of the data registry, at its origin, in MLflow's tags; and the inventory of a run."""
+
+import hashlib
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from cbd.audit import LOG, append
+from cbd.config import canonical_json
+from cbd.errors import DataError, EnvironmentFault
+from cbd.heads import HEADS, read_heads
+from components.anchors import TAG, close_log, read_anchors, told
+from components.git import ORIGIN, git
+from components.inventory import INVENTORY, check_inventory, take_inventory
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """A log of two entries and a data registry with one commit."""
+    registry = tmp_path / "workspace" / "registry"
+    registry.mkdir(parents=True)
+    git(registry, "init", "--quiet", "--initial-branch=main")
+    git(registry, "commit", "--quiet", "--allow-empty", "--message", "Start")
+    for number in range(2):
+        append(tmp_path / "workspace", "event", {"number": number})
+    return tmp_path / "workspace"
+
+
+@pytest.fixture
+def origin(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository that the registry shares with others."""
+    (tmp_path / "origin").mkdir()
+    git(tmp_path / "origin", "init", "--quiet", "--bare", "--initial-branch=main")
+    monkeypatch.setenv(ORIGIN, str(tmp_path / "origin"))
+    git(workspace / "registry", "remote", "add", "origin", str(tmp_path / "origin"))
+    git(workspace / "registry", "push", "--quiet", "origin", "main")
+    return tmp_path / "origin"
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run with two records and an artifact of two files."""
+    run_dir = tmp_path / "workspace" / "runs" / "run-1"
+    for name in ("kfp/scan/scan.json", "kfp/scan/deep/triggers.png", "records/scan.json", "records/report.json", "pipeline.log"):
+        (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_dir / name).write_text(name)
+    return run_dir
+
+
+def anchored(workspace: Path) -> dict[str, list[int]]:
+    """Sizes of the heads in each place."""
+    return {place.split(" of ")[0]: sorted(head["size"] for head in heads) for place, heads in read_anchors(workspace)}
+
+
+def records(run_dir: Path) -> dict[str, dict[str, object]]:
+    return {"scan": {"outputs": {"paths": {"scanned": str(run_dir / "kfp" / "scan")}}}, "report": {}, "odd": {"outputs": "nonsense"}}
+
+
+def test_a_closed_log_has_its_head_in_the_registrys_history_too(workspace: Path) -> None:
+    head = close_log(workspace)
+    append(workspace, "event", {})
+    close_log(workspace)
+    assert anchored(workspace) == {str(workspace / HEADS): [2, 3], "git notes": [2, 3]}
+    (workspace / HEADS).unlink()
+    assert head in dict(read_anchors(workspace))[f"git notes of {workspace / 'registry'}"]
+
+
+def test_without_a_registry_the_head_is_beside_the_log_alone(tmp_path: Path) -> None:
+    append(tmp_path, "event", {})
+    close_log(tmp_path)
+    assert anchored(tmp_path) == {str(tmp_path / HEADS): [1]}
+
+
+def test_a_head_that_was_taken_out_of_the_notes_is_still_in_their_history(workspace: Path) -> None:
+    close_log(workspace)
+    append(workspace, "event", {})
+    head, registry = close_log(workspace), workspace / "registry"
+    ref = git(registry, "for-each-ref", "--format=%(refname)", "refs/notes/cbd-heads")
+    git(registry, "notes", f"--ref={ref}", "add", "--force", "--message=" + told(head), "HEAD")
+    assert anchored(workspace)["git notes"] == [2, 3]
+
+
+def test_a_note_that_is_no_head_is_named(workspace: Path) -> None:
+    close_log(workspace)
+    registry = workspace / "registry"
+    ref = git(registry, "for-each-ref", "--format=%(refname)", "refs/notes/cbd-heads")
+    git(registry, "notes", f"--ref={ref}", "append", "--message=nonsense", "HEAD")
+    with pytest.raises(DataError, match="git notes of .*: is no head"):
+        list(read_anchors(workspace))
+
+
+def test_the_origin_gets_every_head_and_one_of_another_history_is_refused(workspace: Path, origin: Path, tmp_path: Path) -> None:
+    close_log(workspace)
+    before = tmp_path / "before"
+    shutil.copytree(workspace, before)
+    append(workspace, "event", {"number": 2})
+    close_log(workspace)
+    ref = git(origin, "for-each-ref", "--format=%(refname)", "refs/notes/cbd-heads")
+    assert git(origin, "rev-list", "--count", ref) == "2"
+    assert anchored(before)["git notes"] == [2, 3], "an older copy of the workspace is told of the later head by the origin"
+    git(before / "registry", "update-ref", ref, f"{ref}~1")
+    git(before / "registry", "notes", f"--ref={ref}", "append", "--message=" + told(read_heads(before / HEADS)[0]), "HEAD")
+    append(before, "event", {"number": 3})
+    with pytest.raises(DataError, match="origin holds heads of another history"):
+        close_log(before)
+
+
+def test_an_origin_out_of_reach_is_told(workspace: Path, origin: Path) -> None:
+    shutil.rmtree(origin)
+    with pytest.raises(EnvironmentFault, match="fetch failed"):
+        close_log(workspace)
+
+
+def test_tags_are_read_without_mlflow(workspace: Path, mlflow_template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from components.tracking_runs import log_run
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copyfile(mlflow_template, workspace / "mlflow.db")
+    head = close_log(workspace)
+    log_run(workspace, "run-1", tags={TAG: told(head)})
+    assert dict(read_anchors(workspace))[f"tags of the runs in {workspace / 'mlflow.db'}"] == [head]
+    with sqlite3.connect(workspace / "mlflow.db") as store:
+        store.execute("UPDATE tags SET value = 'nonsense' WHERE key = ?", (TAG,))
+    with pytest.raises(DataError, match=r"tags of the runs in .*mlflow.db: is no head"):
+        list(read_anchors(workspace))
+    (workspace / "mlflow.db").write_bytes(b"nonsense" * 1000)
+    with pytest.raises(DataError, match="cannot be read as MLflow's store"):
+        list(read_anchors(workspace))
+
+
+def test_a_log_whose_first_line_is_no_entry_is_named(workspace: Path) -> None:
+    close_log(workspace)
+    (workspace / LOG).write_text("nonsense\n")
+    with pytest.raises(DataError, match="line 1 is no log entry"):
+        list(read_anchors(workspace))
+
+
+def test_an_inventory_holds_the_records_and_what_they_name(run_dir: Path) -> None:
+    inventory, digest = take_inventory(run_dir, records(run_dir))
+    assert set(inventory.files) == {"kfp/scan/scan.json", "kfp/scan/deep/triggers.png", "records/scan.json"}
+    assert inventory.artifacts == {"scan/scanned": "kfp/scan"} and check_inventory(run_dir, digest) == inventory
+    moved = run_dir.parent / "moved"
+    run_dir.rename(moved)
+    assert check_inventory(moved, digest) == inventory, "it does not depend on where the workspace lies"
+
+
+def test_every_altered_missing_or_linked_file_of_a_run_is_named(run_dir: Path) -> None:
+    inventory, digest = take_inventory(run_dir, records(run_dir))
+    for name in inventory.files:
+        file = run_dir / name
+        before = file.read_bytes()
+        file.write_bytes(before[:-1] + b"!")
+        with pytest.raises(DataError, match=f"{name}: altered"):
+            check_inventory(run_dir, digest)
+        file.unlink()
+        with pytest.raises(DataError, match=f"{name}: missing"):
+            check_inventory(run_dir, digest)
+        (run_dir / "same").write_bytes(before)
+        file.symlink_to(run_dir / "same")
+        with pytest.raises(DataError, match=f"{name}: is a link"):
+            check_inventory(run_dir, digest)
+        file.unlink()
+        file.write_bytes(before)
+    check_inventory(run_dir, digest)
+
+
+def test_an_altered_inventory_and_one_that_leads_out_are_refused(run_dir: Path) -> None:
+    _, digest = take_inventory(run_dir, records(run_dir))
+    content = json.loads((run_dir / INVENTORY).read_bytes())
+    (run_dir / INVENTORY).write_bytes(canonical_json(content | {"files": {}}))
+    with pytest.raises(DataError, match=r"inventory.json: altered"):
+        check_inventory(run_dir, digest)
+    (run_dir.parent / "other.txt").write_text("x")
+    (run_dir / INVENTORY).write_bytes(canonical_json(content | {"files": {"../other.txt": "0" * 64}}))
+    with pytest.raises(DataError, match="leads out"):
+        check_inventory(run_dir, hashlib.sha256((run_dir / INVENTORY).read_bytes()).hexdigest())
+    (run_dir / INVENTORY).unlink()
+    with pytest.raises(DataError, match=r"inventory.json: missing"):
+        check_inventory(run_dir, digest)
