@@ -31,9 +31,10 @@ from cbd.heads import sign_head
 from cbd.keys import PrivateKey, PublicKey, ensure_key, key_id, sign
 from cbd.log_slice import LOG_SLICE
 from cbd.model_signature import MODEL_SIGNATURE, sign_model
-from components.decide import refuse_step
+from components.decide import decide, refuse_step
 from components.export import export_run, write_manifest
 from components.inventory import seal
+from components.keyring import rotate_key
 from components.records import read_records
 from components.verification import verify_run
 
@@ -204,9 +205,7 @@ def test_links_and_special_files_are_refused(whole: SimpleNamespace, export: Pat
     refused(export, whole.keys, "pipe: a link or a special file")
 
 
-def test_an_attacker_who_rewrites_and_signs_everything_again_is_refused(
-    tmp_path: Path, make_evaluation: Make, whole: SimpleNamespace
-) -> None:
+def test_an_attacker_who_signs_everything_again_is_refused(tmp_path: Path, make_evaluation: Make, whole: SimpleNamespace) -> None:
     """A whole workspace of his own, with another model: consistent to the last digest, and signed by him."""
     case = run_case(tmp_path / "his", make_evaluation, weight=666.0)
     export_run(case.workspace / "runs" / case.run_id, case.workspace, tmp_path / "export")
@@ -443,3 +442,22 @@ def test_in_the_workspace_the_attestations_of_a_run_are_checked_the_same_way(tmp
     seal(run_dir, tmp_path, records=records, result={"verdict": "PASS", "consistent": True})
     with pytest.raises(DataError, match=r"version\.json: (dataset|not the attestation)"):
         list(verify_run(run_dir, tmp_path))
+
+
+def test_a_decision_that_was_replaced_by_a_later_one_is_not_exported(tmp_path: Path, make_evaluation: Make) -> None:
+    case = run_case(tmp_path, make_evaluation)
+    stricter = POLICY.model_copy(update={"min_clean_accuracy": 0.95})
+    decide(case.subject, tmp_path / "again", policy=stricter, workspace=tmp_path, run_id="run-1")
+    with pytest.raises(DataError, match=r"log\.json: the run was decided again since, PASS"):
+        export_run(tmp_path / "runs" / "run-1", tmp_path, tmp_path / "export")
+
+
+def test_after_a_rotation_an_export_needs_the_trust_in_both_keys(tmp_path: Path, make_evaluation: Make) -> None:
+    case = run_case(tmp_path, make_evaluation)
+    old = ensure_key(tmp_path).public_key()
+    rotate_key(tmp_path, to=None, reason="test", by="me")
+    new = ensure_key(tmp_path).public_key()
+    export_run(tmp_path / "runs" / case.run_id, tmp_path, tmp_path / "export")
+    assert verify_export(tmp_path / "export", [old, new])["key_id"] == key_id(old)
+    refused(tmp_path / "export", [old], r"manifest\.json: .*not trusted")
+    refused(tmp_path / "export", [new], r"decision\.json: .*not trusted")
