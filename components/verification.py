@@ -20,6 +20,7 @@ from cbd.heads import HEADS, Matching
 from cbd.keys import PublicKey, key_id, load_public_key
 from components.anchors import read_anchors
 from components.decision import SignedDecision, Signers, check_decision, find_signers
+from components.git import git
 from components.inventory import Inventory, check_inventory
 from components.registered import check_registry
 from components.standing import EVENTS, Move, mark_expired
@@ -269,7 +270,23 @@ def _check_kept(evidence: Evidence) -> Iterator[str]:
                 raise DataError(f"{path}: altered: SHA-256 is {sha256[:12]}, the log says {expected[:12]}; restore it from a copy")
             found += 1
     if evidence.kept:
-        yield f"canaries and later tests: {found} of {len(evidence.kept)} results are still there, and as the log names them"
+        yield f"canaries, quarantines, later tests: {found} of {len(evidence.kept)} results are still there, and as the log names them"
+
+
+def _check_promoted(evidence: Evidence) -> Iterator[str]:
+    """That MLflow's registry is what the log says, and nobody stands there by an override that is over."""
+    yield from check_registry(evidence.workspace, evidence.moves, signers=evidence.signers, key=evidence.key)
+
+
+def _check_registry_files(evidence: Evidence) -> Iterator[str]:
+    """That the data registry's files are as committed, and its history is whole."""
+    registry = evidence.workspace / "registry"
+    if not (registry / ".git").is_dir():
+        return
+    if changed := git(registry, "status", "--porcelain", "--untracked-files=no"):
+        raise DataError(f"{registry}: not as committed: {' '.join(changed.split()[1:2])}; run there: git checkout -- .")
+    git(registry, "fsck", "--no-dangling", "--no-progress")
+    yield "data registry: its files are as committed, its history is whole"
 
 
 def _check_remote(evidence: Evidence) -> Iterator[str]:
@@ -289,7 +306,8 @@ def _check_remote(evidence: Evidence) -> Iterator[str]:
 RUN_CHECKS: list[Callable[[CheckedRun], Iterator[str]]] = [_check_page, _check_decision]
 """What is checked of each run, after its files."""
 WORKSPACE_CHECKS: list[Callable[[Evidence], Iterator[str]]] = [
-    lambda evidence: check_registry(evidence.workspace, evidence.moves),
+    _check_promoted,
+    _check_registry_files,
     _check_kept,
     _check_remote,
 ]
@@ -308,6 +326,8 @@ def _note(evidence: Evidence, line: Line) -> None:
         evidence.runs.setdefault(data["run_id"], []).append({**data, "event": event})
     if event in EVENTS:
         evidence.moves.append({**data, "event": event})
+    if event == "delivery" and data.get("quarantine_sha256"):
+        evidence.kept[f"quarantine/{data['run_id']}.parquet"] = data["quarantine_sha256"]
     if event == "canary":
         evidence.kept[f"canaries/{data['sha256']}.json"] = data["sha256"]
     if event == "retest" and data.get("digests"):

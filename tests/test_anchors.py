@@ -46,7 +46,14 @@ def origin(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def run_dir(tmp_path: Path) -> Path:
     """A run with two records and an artifact of two files."""
     run_dir = tmp_path / "workspace" / "runs" / "run-1"
-    for name in ("kfp/scan/scan.json", "kfp/scan/deep/triggers.png", "records/scan.json", "records/report.json", "pipeline.log"):
+    for name in (
+        "kfp/scan/scan.json",
+        "kfp/scan/deep/triggers.png",
+        "records/scan.json",
+        "records/report.json",
+        "pipeline.log",
+        "arguments.json",
+    ):
         (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (run_dir / name).write_text(name)
     return run_dir
@@ -188,7 +195,7 @@ def test_a_log_whose_first_line_is_no_entry_is_named(workspace: Path) -> None:
 
 def test_an_inventory_holds_the_records_and_what_they_name(run_dir: Path) -> None:
     inventory, digest = take_inventory(run_dir, records(run_dir))
-    assert set(inventory.files) == {"kfp/scan/scan.json", "kfp/scan/deep/triggers.png", "records/scan.json"}
+    assert set(inventory.files) == {"kfp/scan/scan.json", "kfp/scan/deep/triggers.png", "records/scan.json", "arguments.json"}
     assert inventory.artifacts == {"scan/scanned": "kfp/scan"} and check_inventory(run_dir, digest) == inventory
     moved = run_dir.parent / "moved"
     run_dir.rename(moved)
