@@ -234,6 +234,15 @@ def test_an_overwritten_or_missing_signature_behind_the_alias_is_refused(workspa
             fetch_model(uri, workspace)
 
 
+def test_what_would_not_verify_when_it_is_fetched_is_not_registered(workspace: Path, make_evaluation: Make) -> None:
+    case = decided(workspace, make_evaluation)
+    signature = (case.decision / "model.sig").read_bytes()
+    (case.decision / "model.sig").write_bytes(signature.replace(b"A", b"B", 1))
+    refused(case, "promote", r"model\.sig: not the signature")
+    (case.decision / "model.sig").unlink()
+    refused(case, "promote", r"expected model\.sig there")
+
+
 def test_a_moved_alias_is_refused(workspace: Path, make_evaluation: Make) -> None:
     """MLflow keeps no history of aliases; the log does."""
     first = enter(decided(workspace, make_evaluation), "promote")
