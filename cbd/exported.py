@@ -10,10 +10,11 @@ import stat
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from cbd.attest import MAX_BYTES, PROVENANCE, SUMMARY, TEST_RESULT, Statement, digests_in, unseal
+from cbd.attest import MAX_BYTES, Statement, digests_in, unseal
 from cbd.bundle import CARD
+from cbd.chain import BOM, check_chain, match, read_chain, steps_of
 from cbd.config import canonical_json
 from cbd.decision import DECISION, SignedDecision, open_decision
 from cbd.errors import DataError
@@ -27,16 +28,7 @@ EXPORT = "urn:cbd:export:v1"
 """Predicate type of the manifest, whose subjects are all other files."""
 MODEL, ATTESTATIONS, MEASUREMENTS, DATA = "model", "attestations", "measurements", "data"
 """Folders of the export; without a model the decision lies in `model` alone."""
-BOM, REPORT = "bom.cdx.json", "report.html"
-TRAINED = {
-    "version": PROVENANCE,
-    "train_confounder": PROVENANCE,
-    "train_deconfounded": PROVENANCE,
-    "evaluate": TEST_RESULT,
-    "scan": TEST_RESULT,
-    "decide": SUMMARY,
-}
-"""Which attestations a run with a model has, and what kind; one that validation stopped has `decide` alone."""
+REPORT = "report.html"
 MEASURED = ("validation", "evaluation", "scan", "canary")
 """Files of measurements that a decision is made on, `<name>.json`."""
 SETS = {"data": "dataset", "trusted": "trusted_set"}
@@ -46,18 +38,6 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 Files = dict[str, str]
 """Path in the export, with slashes: SHA-256 (hex)."""
-
-
-class _Run(NamedTuple):
-    folder: Path
-    files: Files
-    signed: SignedDecision
-    statements: dict[str, Statement]
-
-    @property
-    def digests(self) -> Mapping[str, Any]:
-        digests: Mapping[str, Any] = self.signed.content["digests"]
-        return digests
 
 
 def verify_export(folder: Path, keys: Sequence[PublicKey]) -> dict[str, Any]:
@@ -83,12 +63,10 @@ def verify_export(folder: Path, keys: Sequence[PublicKey]) -> dict[str, Any]:
         raise DataError(f"{folder / MANIFEST}: of run {run_id!r}, its decision is of {content['run_id']!r}; export the run again")
     if (content["digests"]["model"] is not None) != has_model:
         raise DataError(f"{place / CARD}: {'the decision is on no model' if has_model else 'missing'}; export the run again")
-    statements = {name: unseal(_read(folder, f"{ATTESTATIONS}/{name}.json"), keys, told=_told(folder, name)) for name in _steps(has_model)}
-    run = _Run(folder, files, signed, statements)
-    _check_evidence(run)
-    _check_chain(run)
+    _check_evidence(folder, files, signed)
+    check_chain(read_chain(folder / ATTESTATIONS, signed, keys, bom=files.get(BOM)))
     told = {"run_id": run_id, "verdict": content["verdict"], "trial": content["trial"], "decided": content["created"]}
-    told |= {"decision_digest": signed.digest, "model_digest": run.digests["model"], "data_digest": run.digests["data"]}
+    told |= {"decision_digest": signed.digest, "model_digest": content["digests"]["model"], "data_digest": content["digests"]["data"]}
     told |= {"key_id": content["signed_by"]["key_id"], "development_key": content["signed_by"]["development"]}
     return told | check_slice(_read(folder, LOG_SLICE), signed, keys, told=str(folder / LOG_SLICE)) | {"num_files": len(files) + 1}
 
@@ -99,16 +77,8 @@ def expected_files(digests: Mapping[str, Any]) -> set[str]:
     has_model = digests["model"] is not None
     model = {"decision.json", "decision.sig"} | ({"model.safetensors", "model.json", "model.sig"} if has_model else set())
     files = {f"{MODEL}/{name}" for name in model} | measured | {f"{DATA}/{name}.json" for name in SETS.values()}
-    files |= {f"{ATTESTATIONS}/{name}.json" for name in _steps(has_model)} | {LOG_SLICE, REPORT}
+    files |= {f"{ATTESTATIONS}/{name}.json" for name in steps_of(digests)} | {LOG_SLICE, REPORT}
     return files | ({BOM} if has_model else set())
-
-
-def _steps(has_model: bool) -> tuple[str, ...]:
-    return tuple(TRAINED) if has_model else ("decide",)
-
-
-def _told(folder: Path, step: str) -> str:
-    return str(folder / ATTESTATIONS / f"{step}.json")
 
 
 def _list(folder: Path) -> dict[str, Path]:
@@ -160,81 +130,20 @@ def _check_files(folder: Path, found: Mapping[str, Path], files: Files) -> None:
             raise DataError(f"{found[name]}: altered: SHA-256 is {now[:12]}, {MANIFEST} says {digest[:12]}; get the export again")
 
 
-def _check_evidence(run: _Run) -> None:
+def _check_evidence(folder: Path, files: Files, signed: SignedDecision) -> None:
     """Raises unless what the decision was made on is there, byte for byte, and nothing else."""
-    content = run.signed.content
-    for name in sorted(expected_files(run.digests) ^ set(run.files)):
-        what = "not part of the export of this decision" if name in run.files else f"not in {MANIFEST}"
-        raise DataError(f"{run.folder / name}: {what}; export the run again")
+    content, digests = signed.content, signed.content["digests"]
+    for name in sorted(expected_files(digests) ^ set(files)):
+        what = "not part of the export of this decision" if name in files else f"not in {MANIFEST}"
+        raise DataError(f"{folder / name}: {what}; export the run again")
     for name in MEASURED:
-        if run.digests[name] is not None:
+        if digests[name] is not None:
             measured = f"{MEASUREMENTS}/{name}.json"
-            _match(run.folder / measured, run.files[measured], run.digests[name])
+            match(folder / measured, files[measured], digests[name])
     for name, file in SETS.items():
-        path = run.folder / DATA / f"{file}.json"
-        _match(path, _description_digest(path), run.digests[name])
-    _match(run.folder / MODEL / DECISION, sha256(canonical_json(content["policy"])).hexdigest(), content["policy_sha256"], what="policy")
-
-
-def _check_chain(run: _Run) -> None:
-    """Raises unless each attestation is of this run, and names what the one before made."""
-    content, digests = run.signed.content, run.digests
-    for name, statement in run.statements.items():
-        told, predicate = _told(run.folder, name), statement["predicate"]
-        if statement["predicateType"] != TRAINED[name]:
-            raise DataError(f"{told}: expected {TRAINED[name]}, found {statement['predicateType']!r}; export the run again")
-        if _run_of(predicate) != content["run_id"]:
-            raise DataError(f"{told}: of run {_run_of(predicate)!r}, expected {content['run_id']!r}; export the run again")
-    summed = run.statements["decide"]
-    _match_all(run, "decide", summed["subject"], {DECISION: run.signed.digest, "dataset": digests["data"], "model": digests["model"]})
-    _match_all(run, "decide", [summed["predicate"].get("policy")], {"urn:cbd:policy": content["policy_sha256"]})
-    _match(Path(_told(run.folder, "decide")), summed["predicate"].get("cbd_verdict"), content["verdict"], what="verdict")
-    inputs = {f"{name}.json": run.files[f"{ATTESTATIONS}/{name}.json"] for name in run.statements if name != "decide"}
-    if (found := digests_in(summed["predicate"].get("inputAttestations"))) != inputs:
-        name = min(set(found.items()) ^ set(inputs.items()))[0]
-        raise DataError(f"{run.folder / ATTESTATIONS / name}: not the attestation that the verdict was given on; export the run again")
-    if digests["model"] is not None:
-        _check_training(run)
-
-
-def _check_training(run: _Run) -> None:
-    digests, stated = run.digests, run.statements
-    of_set = {"trusted set": digests["trusted"]}
-    _match_all(run, "decide", stated["decide"]["subject"], {BOM: run.files[BOM]})
-    _match_all(run, "version", stated["version"]["subject"], {"dataset": digests["data"], **of_set})
-    confounder = digests_in(stated["train_confounder"]["subject"]).get("model")
-    _match_all(run, "train_confounder", _materials(stated["train_confounder"]), {"dataset": digests["data"]})
-    _match_all(run, "train_deconfounded", stated["train_deconfounded"]["subject"], {"model": digests["model"]})
-    _match_all(run, "train_deconfounded", _materials(stated["train_deconfounded"]), {"dataset": digests["data"], "confounder": confounder})
-    for step, file in (("evaluate", "evaluation"), ("scan", "scan")):
-        _match_all(run, step, stated[step]["subject"], {"model": digests["model"], f"{file}.json": digests[file]})
-        wanted = {"policy": run.signed.content["policy_sha256"], **of_set}
-        _match_all(run, step, stated[step]["predicate"].get("configuration"), wanted)
-
-
-def _match_all(run: _Run, step: str, listed: Any, expected: Mapping[str, Any]) -> None:
-    """Raises unless the resources that a statement lists have the expected digests."""
-    found = digests_in(listed)
-    for name, digest in expected.items():
-        if digest is not None:
-            _match(Path(_told(run.folder, step)), found.get(name), digest, what=name)
-
-
-def _match(path: Path, found: Any, expected: Any, *, what: str = "SHA-256") -> None:
-    if found != expected:
-        told = f"{what} is {str(found)[:12]}, expected {str(expected)[:12]}"
-        raise DataError(f"{path}: {told}: altered, or of another run; export the run again")
-
-
-def _materials(statement: Statement) -> Any:
-    definition = statement["predicate"].get("buildDefinition")
-    return definition.get("resolvedDependencies") if isinstance(definition, dict) else None
-
-
-def _run_of(predicate: Mapping[str, Any]) -> Any:
-    details = predicate.get("runDetails")
-    metadata = details.get("metadata") if isinstance(details, dict) else None
-    return metadata.get("invocationId") if isinstance(metadata, dict) else predicate.get("cbd_invocationId")
+        path = folder / DATA / f"{file}.json"
+        match(path, _description_digest(path), digests[name])
+    match(folder / MODEL / DECISION, sha256(canonical_json(content["policy"])).hexdigest(), content["policy_sha256"], what="policy")
 
 
 def _description_digest(path: Path) -> str | None:

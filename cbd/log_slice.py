@@ -45,12 +45,21 @@ def check_slice(data: bytes, signed: SignedDecision, keys: Sequence[PublicKey], 
     entries = [_check_line(line, head, keys, f"{told}: line {number} of it") for number, line in enumerate(lines, 1)]
     if [entry["seq"] for entry in entries] != sorted({entry["seq"] for entry in entries}):
         raise DataError(f"{told}: lines are doubled or out of order; export the run again")
-    decided = [entry for entry in entries if entry["event"] == "decision" and entry["data"].get("decision_digest") == signed.digest]
-    if len(decided) != 1 or decided[0]["data"].get("verdict") != signed.content["verdict"]:
+    decided = [entry["data"] for entry in entries if entry["event"] == "decision"]
+    if not any(each.get("decision_digest") == signed.digest and each.get("verdict") == signed.content["verdict"] for each in decided):
         raise DataError(f"{told}: names no decision {signed.digest[:12]}; export the run again")
-    moves = [entry for entry in entries if entry["event"] in ("register", "rollback", "demote")]
-    became = f"{moves[-1]['event']} {moves[-1]['data'].get('alias') or 'without an alias'}" if moves else "not registered"
+    if decided[-1].get("decision_digest") != signed.digest:
+        raise DataError(f"{told}: the run was decided again since, {str(decided[-1].get('verdict'))[:20]}; export that decision")
+    moves = [entry for entry in entries if entry["event"] in ("register", "rollback", "override", "demote")]
+    became = _tell(moves[-1]) if moves else "not registered"
     return {"log_lines": len(entries), "log_size": head["size"], "head_time": head["time"], "head_root": head["root"], "became": became}
+
+
+def _tell(move: Entry) -> str:
+    """What a move made of the model, such as `register champion`."""
+    data = move["data"]
+    told = f"{move['event']} {data.get('alias') or 'without an alias'}"
+    return f"{told} until {data['expires']}" if isinstance(data.get("expires"), str) else told
 
 
 def _is_about(entry: Entry, signed: SignedDecision) -> bool:

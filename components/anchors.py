@@ -1,30 +1,40 @@
-"""Heads of the log where its owner cannot change them unseen: in the data registry's git history and in the MLflow runs' tags.
+"""Heads of the log where its owner cannot change them unseen: in the data registry's git history, in the MLflow runs'
+tags, and in a bucket.
 
 They are read again without MLflow: from its SQLite file, which is the store of a workspace without a server.
 """
 
 import contextlib
+import hashlib
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cbd.audit import LOG
 from cbd.config import canonical_json
-from cbd.errors import DataError
+from cbd.errors import ConfigError, DataError
 from cbd.files import disk_fault, locked
 from cbd.heads import HEADS, Head, parse_head, read_heads, sign_head
 from components.git import git, origin
 from components.tracking_store import sqlite_file, tracking_uri
 
+if TYPE_CHECKING:
+    from components.object_store import Store
+
 TAG = "cbd.log_head"
 """Of an MLflow run: the head of the log when the run was registered or closed."""
+BUCKET = "CBD_LOG_HEADS"
+"""Address (s3://bucket/prefix) at which every head is also put as an object of its own; with object lock nobody takes it away."""
 NOTES = "refs/notes/cbd-heads"
 """Git notes of the data registry, a ref for each log: refs/notes/cbd-heads/<first 12 of the first line's hash>."""
 
 
 def close_log(workspace: Path) -> Head:
-    """A new signed head of the log, kept beside it and, where there is a data registry, in its git history and at its origin.
+    """A new signed head of the log, kept beside it and, where there is one, in the data registry's git history, at its origin,
+    and in the bucket that `CBD_LOG_HEADS` names.
 
     Raises:
         DataError: the log contradicts its last head, or the origin holds heads of another history of it.
@@ -39,6 +49,9 @@ def close_log(workspace: Path) -> Head:
             git(registry, "notes", f"--ref={ref}", "append", f"--message={told(head)}", "HEAD")
             if origin():
                 git(registry, "push", "--quiet", "origin", ref)
+    if bucket := _bucket(workspace):
+        text = told(head).encode()
+        bucket.put_once(f"{head['size']:012d}-{hashlib.sha256(text).hexdigest()[:12]}.json", text)
     return head
 
 
@@ -68,6 +81,21 @@ def read_anchors(workspace: Path) -> Iterator[tuple[str, list[Head]]]:
     if (file := sqlite_file(tracking_uri(workspace))) and file.is_file():
         place = f"tags of the runs in {file}"
         yield place, [parse_head(text.encode(), told=place) for text in _tags(file)]
+    if (workspace / LOG).is_file() and (bucket := _bucket(workspace)):
+        found = bucket.read_versions()
+        yield bucket.told, [parse_head(data, told=f"{bucket.told}: {path}") for path in sorted(found) for data in found[path]]
+
+
+def _bucket(workspace: Path) -> "Store | None":
+    """The objects below the address that `CBD_LOG_HEADS` names, a folder for each log."""
+    address = os.environ.get(BUCKET)
+    if not address:
+        return None
+    if not address.startswith("s3://"):
+        raise ConfigError(f"{BUCKET}={address}: expected s3://bucket/prefix")
+    from components.object_store import open_store
+
+    return open_store(f"{address.rstrip('/')}/{_log_id(workspace)}", told=f"{BUCKET} {address}")
 
 
 def _tags(file: Path) -> list[str]:
@@ -80,9 +108,14 @@ def _tags(file: Path) -> list[str]:
 
 def _notes_ref(workspace: Path) -> str:
     """The ref of this log's notes."""
+    return f"{NOTES}/{_log_id(workspace)}"
+
+
+def _log_id(workspace: Path) -> str:
+    """Tells this log from others: the first 12 digits of its first line's hash."""
     with (workspace / LOG).open("rb") as file:
         try:
-            return f"{NOTES}/{json.loads(file.readline())['hash'][:12]}"
+            return str(json.loads(file.readline())["hash"][:12])
         except (ValueError, LookupError, TypeError):
             raise DataError(f"{workspace / LOG}: line 1 is no log entry: it was edited; restore the log from a copy") from None
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from cbd import attest
 from cbd.bundle import bundle_digest, read_card
+from cbd.chain import BOM
 from cbd.config import Gate, canonical_json, check_section, section_digest
 from cbd.dataset import read_info
 from cbd.decision import DECISION
@@ -22,7 +23,7 @@ from cbd.gate.unknown import check_unknown
 from cbd.keys import ensure_key
 from cbd.measurements import read_evaluation
 from cbd.scan_record import read_scan
-from components.bom import BOM, bill
+from components.bom import bill
 from components.decision import read_decision, read_object
 from components.git import git
 

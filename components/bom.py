@@ -13,7 +13,6 @@ from typing import Any
 from cbd.bundle import BundleCard
 from cbd.dataset import DatasetInfo
 
-BOM = "bom.cdx.json"
 LICENCE = "Apache-2.0"
 """Of cbd itself, as in pyproject.toml."""
 MODEL, CODE, LOCK = "model", "cbd", "requirements.lock"

@@ -6,16 +6,17 @@ from typing import Any
 
 from cbd.attest import STATEMENT, resources, seal
 from cbd.bundle import CARD, WEIGHTS
+from cbd.chain import BOM
 from cbd.decision import DECISION, SIGNATURE, SignedDecision
 from cbd.errors import DataError
 from cbd.exported import ATTESTATIONS, DATA, EXPORT, MANIFEST, REPORT, expected_files, verify_export
 from cbd.files import replacing, sha256_file
-from cbd.heads import sign_head, walk
+from cbd.heads import walk
 from cbd.keys import ensure_key, key_id
 from cbd.log_slice import LOG_SLICE, make_slice
 from cbd.model_signature import MODEL_SIGNATURE
+from components.anchors import close_log
 from components.attestation import folder_of
-from components.bom import BOM
 from components.decision import read_decision
 from components.summary import Run, read_run
 
@@ -34,7 +35,7 @@ _MADE_BY = {
 def export_run(run_dir: Path, workspace: Path, out: Path) -> dict[str, Any]:
     """What the export in the folder `out` proves (see `cbd.exported.verify_export`), which was verified before it stands there.
 
-    Signs a new head of the log, so that the slice is up to date.
+    Closes the log with a new head, so that the slice is up to date.
 
     Raises:
         DataError: the run has no decision of this workspace, something is missing, or was altered since.
@@ -46,7 +47,7 @@ def export_run(run_dir: Path, workspace: Path, out: Path) -> dict[str, Any]:
         raise DataError(f"{run_dir}: was not decided on, there is nothing to prove; see {run_dir / REPORT}")
     signed = read_decision(decision, workspace)
     sources = {name: _source(run, run_dir, name) for name in sorted(expected_files(signed.content["digests"]) - {LOG_SLICE})}
-    head = sign_head(workspace)
+    head = close_log(workspace)
     lines = [line for line in walk(workspace) if line.entry["seq"] <= head["size"]]
     with replacing(out) as temporary:
         for name, source in sources.items():

@@ -22,11 +22,12 @@ from cbd.audit import append
 from cbd.config import Ingest, Poison
 from cbd.dataset import DatasetInfo, read_info, write_dataset
 from cbd.errors import DataError
-from cbd.files import replacing, write_json
+from cbd.files import replacing, sha256_file, write_json
 from cbd.truth import read_truth, write_truth
 from components.accepted import Earlier, decided, read_earlier
 from components.delivery import read_delivery
 from components.intake import Intake, Summary, take_in
+from components.quarantine import STORE
 from components.quarantine import keep as keep_refused
 from components.rawfiles import printable
 from components.records import kfp_component, progress
@@ -108,6 +109,8 @@ def ingest(data: str, trusted: str, *, outputs: IngestPaths, params: Ingest, opt
         keep_refused(outputs.quarantine / "quarantine.parquet", options.workspace, **about)
         digests = {"data": info.digest, "trusted": trusted_info.digest}
         nothing_new = None if options.again else decided(options.workspace, model, **digests)
+        kept = options.workspace / STORE / f"{options.run_id}.parquet"
+        about |= {"quarantine_sha256": sha256_file(kept) if kept.is_file() else None}
         append(options.workspace, "delivery", {**about, **summary._asdict(), "digests": digests})
     return {
         **summary._asdict(),

@@ -30,8 +30,8 @@ class Inventory:
 def take_inventory(run_dir: Path, records: dict[str, dict[str, Any]]) -> tuple[Inventory, str]:
     """The inventory of a run and the SHA-256 of the `inventory.json` that this writes.
 
-    It holds the records of all steps but the report's, which is not over yet, and the files of every artifact that they name in the run's
-    folder. On a cluster the artifacts of other steps lie elsewhere, and only what lies here is in it.
+    It holds the pipeline's arguments, the records of all steps but the report's, which is not over yet, and the files of every artifact
+    that they name in the run's folder. On a cluster the artifacts of other steps lie elsewhere, and only what lies here is in it.
     """
     artifacts = {
         f"{step}/{name}": Path(path).resolve().relative_to(run_dir.resolve()).as_posix()
@@ -42,6 +42,7 @@ def take_inventory(run_dir: Path, records: dict[str, dict[str, Any]]) -> tuple[I
     places = [run_dir / path for path in artifacts.values()]
     places += [path for path in (run_dir / "records").glob("*.json") if path.name != "report.json"]
     places += sorted((run_dir / "attestations").glob("*.json"))
+    places += [path for path in [run_dir / "arguments.json"] if path.is_file()]
     files = {path.relative_to(run_dir).as_posix(): sha256_file(path) for place in places for path in _files(place)}
     content = canonical_json({"schema_version": 1, "run_id": run_dir.name, "artifacts": artifacts, "files": files})
     with replacing(run_dir / INVENTORY) as temporary:

@@ -1,4 +1,4 @@
-"""Reading from S3 or anything that speaks its protocol; the endpoint and keys come from boto3's usual chain.
+"""S3 or anything that speaks its protocol, to read and to put objects once; the endpoint and keys come from boto3's usual chain.
 
 What is read is what was listed: every request carries the listed ETag, so that an object that changed in between is an error.
 """
@@ -8,7 +8,7 @@ import functools
 import hashlib
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +99,37 @@ class Store:
             md5 = hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False)).hexdigest()
         self._check(path, md5, target.stat().st_size, about.get("ServerSideEncryption"))
         return target
+
+    def put_once(self, path: str, data: bytes) -> None:
+        """Writes an object below the prefix unless there is one of that name; a bucket with object lock keeps it for its own time.
+
+        Raises:
+            EnvironmentFault: the store is out of reach, or refuses.
+        """
+        key = f"{self.prefix}/{path}" if self.prefix else path
+        from botocore.exceptions import ClientError
+
+        with _faults(self, path):
+            try:
+                self.client.put_object(Bucket=self.bucket, Key=key, Body=data, IfNoneMatch="*")
+            except ClientError as error:
+                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") != 412:
+                    raise
+
+    def read_versions(self) -> Mapping[str, Sequence[bytes]]:
+        """By path below the prefix, the bytes of every version of every object; also of those that a delete marker hides.
+
+        Raises:
+            EnvironmentFault: the store is out of reach, or refuses.
+        """
+        found: dict[str, Any] = {}
+        with _faults(self):
+            for page in self.client.get_paginator("list_object_versions").paginate(Bucket=self.bucket, Prefix=f"{self.prefix}/"):
+                for item in page.get("Versions", ()):
+                    version = {} if item["VersionId"] == "null" else {"VersionId": item["VersionId"]}
+                    body = self.client.get_object(Bucket=self.bucket, Key=item["Key"], **version)["Body"]
+                    found.setdefault(self._path(item["Key"]) or "", []).append(body.read())
+        return found
 
     def _check(self, path: str, md5: str, num_bytes: int, encryption: str | None) -> None:
         """Raises EnvironmentFault unless these bytes are the listed ones; the ETag of objects under a KMS key is no MD5."""

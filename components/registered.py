@@ -9,12 +9,18 @@ from pathlib import Path
 from cbd.audit import LOG
 from cbd.bundle import bundle_digest, read_card
 from cbd.errors import DataError
+from cbd.keys import PublicKey
+from cbd.model_signature import verify_model
 from cbd.signed_model import DEMANDED
+from components.decision import Signers, check_decision
 from components.standing import Move, holder, lapsed
 from components.tracking_store import sqlite_file, tracking_uri
 
+ARTIFACTS = "mlartifacts"
+"""Folder of the workspace in which a store without a server keeps its files."""
 
-def check_registry(workspace: Path, moves: Sequence[Move]) -> Iterator[str]:
+
+def check_registry(workspace: Path, moves: Sequence[Move], *, signers: Signers, key: PublicKey) -> Iterator[str]:
     """A sentence for each alias, and one for the models: aliases are where the log put them, models are those that it names.
 
     Without an SQLite file, where MLflow is a server, the log alone is looked at.
@@ -22,6 +28,8 @@ def check_registry(workspace: Path, moves: Sequence[Move]) -> Iterator[str]:
     Args:
         workspace: with the store.
         moves: the log's events about registered models, expired overrides marked.
+        signers: under which key the log names each decision.
+        key: what signs now.
 
     Raises:
         DataError: an alias was moved, stands by an override that is over, or a registered model was altered or exchanged.
@@ -40,10 +48,14 @@ def check_registry(workspace: Path, moves: Sequence[Move]) -> Iterator[str]:
     for name in names:
         yield from _check_aliases(file, name, [move for move in moves if move["name"] == name], aliases)
     sources = {(name, str(version)): source for name, version, source in _rows(file, "SELECT name, version, source FROM model_versions")}
-    registered = [(move, _local(sources.get((move["name"], str(move["version"]))))) for move in moves if move["event"] == "register"]
-    found = [_check_model(move, folder) for move, folder in registered if folder is not None]
-    if found:
-        yield f"registry: {len(found)} registered models are those that the log names"
+    checked = 0
+    for move in (move for move in moves if move["event"] == "register"):
+        folder = _local(sources.get((move["name"], str(move["version"]))), workspace)
+        if folder is not None:
+            _check_model(move, folder, signers, key)
+            checked += 1
+    if checked:
+        yield f"registry: {checked} registered models, and the decisions beside them, are those that the log names"
 
 
 def _check_aliases(file: Path, name: str, moves: Sequence[Move], aliases: dict[tuple[str, str], str]) -> Iterator[str]:
@@ -58,13 +70,15 @@ def _check_aliases(file: Path, name: str, moves: Sequence[Move], aliases: dict[t
             yield f"{alias}: models:/{name} version {told}, as the log last set it"
 
 
-def _check_model(move: Move, folder: Path) -> str:
-    """The digest of a registered model, which is the one that the log names."""
+def _check_model(move: Move, folder: Path, signers: Signers, key: PublicKey) -> None:
+    """Raises DataError unless a registered model and its decision are those that the log names."""
     read_card(folder)
+    what = f"version {move['version']} of {move['name']}"
     if (found := bundle_digest(folder)) != move["model_digest"]:
-        told = f"version {move['version']} of {move['name']} is {found[:12]}, {LOG} registered {move['model_digest'][:12]}"
-        raise DataError(f"{folder}: altered: {told}; restore the model")
-    return found
+        raise DataError(f"{folder}: altered: {what} is {found[:12]}, {LOG} registered {move['model_digest'][:12]}; restore the model")
+    if (found := check_decision(folder, signers, key=key).digest) != move["decision_digest"]:
+        raise DataError(f"{folder}: the decision of {what} is {found[:12]}, {LOG} registered {move['decision_digest'][:12]}; restore it")
+    verify_model(folder, signers["decision", found])
 
 
 def _expired(name: str, move: Move) -> str:
@@ -82,7 +96,13 @@ def _rows(file: Path, query: str) -> list[tuple[str, ...]]:
             raise DataError(f"{file}: cannot be read as MLflow's store: {error}; restore it from a copy") from None
 
 
-def _local(source: str | None) -> Path | None:
-    """The folder of a model that lies in files."""
+def _local(source: str | None, workspace: Path) -> Path | None:
+    """The folder of a model that lies in files, also where the workspace was moved or copied; None if it lies elsewhere."""
     parts = urllib.parse.urlsplit(source or "")
-    return Path(urllib.parse.unquote(parts.path)) if parts.scheme == "file" or (source and not parts.scheme) else None
+    if not source or parts.scheme not in ("", "file"):
+        return None
+    path = Path(urllib.parse.unquote(parts.path))
+    if ARTIFACTS in path.parts:
+        at = len(path.parts) - path.parts[::-1].index(ARTIFACTS)
+        return workspace.joinpath(ARTIFACTS, *path.parts[at:])
+    return path if path.is_dir() else None

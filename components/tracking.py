@@ -23,7 +23,7 @@ from cbd.heads import walk
 from cbd.keys import load_public_key
 from cbd.model_signature import MODEL_SIGNATURE, SIGNED_FILES
 from cbd.signed_model import check_model, check_verdict, copy_signed
-from components.decision import check_decision, find_signers
+from components.decision import check_decision, find_file, find_signers
 from components.standing import Move, demanded, holder, read_moves, withdrawn
 from components.tracking_runs import LiveCurves, close_run, log_run, open_run, plain
 from components.tracking_store import LOCK, check_reachable, client, ignoring, shown, sqlite_file, tracking_uri
@@ -73,12 +73,14 @@ def register_bundle(bundle: Path, decision: Path, *, workspace: Path, name: str,
     """The new version of `name` that holds the bundle and its signed decision; needs the tag `cbd.run_id`. Sets no alias.
 
     Raises:
+        DataError: the signature of both is missing, or anything would not verify when it is fetched.
         EnvironmentFault: MLflow is out of reach.
     """
-    run = open_run(workspace, tags["cbd.run_id"])
-    with client(workspace) as mlflow, tempfile.TemporaryDirectory() as staging:
+    with tempfile.TemporaryDirectory() as staging, client(workspace) as mlflow:
         for file in FILES:
-            shutil.copyfile((bundle if file in (WEIGHTS, CARD) else decision) / file, Path(staging) / file)
+            shutil.copyfile(find_file(bundle if file in (WEIGHTS, CARD) else decision, file), Path(staging) / file)
+        _verify_bundle(Path(staging), workspace)
+        run = open_run(workspace, tags["cbd.run_id"])
         experiment = mlflow.get_run(run).info.experiment_id
         model = mlflow.create_logged_model(experiment, name=name, source_run_id=run, tags=dict(tags), model_type="safetensors bundle")
         mlflow.log_model_artifacts(model.model_id, staging)

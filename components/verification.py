@@ -12,6 +12,7 @@ from typing import Any
 
 from cbd.audit import LOG, Line, walk_lines
 from cbd.bundle import CARD, WEIGHTS
+from cbd.chain import BOM, check_chain, read_chain, steps_of
 from cbd.config import canonical_json
 from cbd.errors import DataError
 from cbd.files import sha256_file
@@ -19,6 +20,7 @@ from cbd.heads import HEADS, Matching
 from cbd.keys import PublicKey, key_id, load_public_key
 from components.anchors import read_anchors
 from components.decision import SignedDecision, Signers, check_decision, find_signers
+from components.git import git
 from components.inventory import Inventory, check_inventory
 from components.registered import check_registry
 from components.standing import EVENTS, Move, mark_expired
@@ -35,8 +37,8 @@ class Evidence:
     key: PublicKey
     """What signs now."""
     signers: Signers = field(default_factory=dict)
-    signed_by: set[str] = field(default_factory=set)
-    """Ids of all keys that signed a line."""
+    signed_by: dict[str, PublicKey] = field(default_factory=dict)
+    """All keys that signed a line, by id."""
     runs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """By run id, the data of the entries about it, each with its `event`, oldest first."""
     moves: list[Move] = field(default_factory=list)
@@ -95,7 +97,7 @@ def read_evidence(workspace: Path, *, trusted: Sequence[PublicKey] = ()) -> tupl
         _note(evidence, line)
     matching.finish()
     mark_expired(evidence.moves, last=evidence.time)
-    if trusted and not evidence.signed_by & {key_id(key) for key in trusted}:
+    if trusted and not evidence.signed_by.keys() & {key_id(key) for key in trusted}:
         named = ", ".join(key_id(key)[:12] for key in trusted)
         raise DataError(f"{log}: no trusted key signed a line of it ({named}); expected the log of somebody you trust, do not believe it")
     keys = f"{len(evidence.signed_by)} key{'s' * (len(evidence.signed_by) != 1)}"
@@ -190,7 +192,18 @@ def _check_decision(run: CheckedRun) -> Iterator[str]:
     signer = signed.content["signed_by"]
     kind = "a development key, which lies beside what it signs" if signer["development"] else "a key from outside the workspace"
     yield f"decision: {signed.content['verdict']}, signed by {signer['key_id'][:12]}, {kind}"
+    yield from _check_attestations(run, signed, folder)
     yield from _check_registered(run, signed)
+
+
+def _check_attestations(run: CheckedRun, signed: SignedDecision, decision: Path) -> Iterator[str]:
+    """That the attestations, which the inventory sealed, are signed, and lead from the data to the decision."""
+    folder = run.folder / "attestations"
+    if run.sha256(folder / "decide.json") is None:
+        yield "attestations: none"
+        return
+    check_chain(read_chain(folder, signed, list(run.evidence.signed_by.values()), bom=run.sha256(decision / BOM)))
+    yield f"attestations: {len(steps_of(signed.content['digests']))}, which lead from the data to the decision"
 
 
 def _check_subjects(run: CheckedRun, signed: SignedDecision) -> Iterator[str]:
@@ -257,7 +270,23 @@ def _check_kept(evidence: Evidence) -> Iterator[str]:
                 raise DataError(f"{path}: altered: SHA-256 is {sha256[:12]}, the log says {expected[:12]}; restore it from a copy")
             found += 1
     if evidence.kept:
-        yield f"canaries and later tests: {found} of {len(evidence.kept)} results are still there, and as the log names them"
+        yield f"canaries, quarantines, later tests: {found} of {len(evidence.kept)} results are still there, and as the log names them"
+
+
+def _check_promoted(evidence: Evidence) -> Iterator[str]:
+    """That MLflow's registry is what the log says, and nobody stands there by an override that is over."""
+    yield from check_registry(evidence.workspace, evidence.moves, signers=evidence.signers, key=evidence.key)
+
+
+def _check_registry_files(evidence: Evidence) -> Iterator[str]:
+    """That the data registry's files are as committed, and its history is whole."""
+    registry = evidence.workspace / "registry"
+    if not (registry / ".git").is_dir():
+        return
+    if changed := git(registry, "status", "--porcelain", "--untracked-files=no"):
+        raise DataError(f"{registry}: not as committed: {' '.join(changed.split()[1:2])}; run there: git checkout -- .")
+    git(registry, "fsck", "--no-dangling", "--no-progress")
+    yield "data registry: its files are as committed, its history is whole"
 
 
 def _check_remote(evidence: Evidence) -> Iterator[str]:
@@ -277,7 +306,8 @@ def _check_remote(evidence: Evidence) -> Iterator[str]:
 RUN_CHECKS: list[Callable[[CheckedRun], Iterator[str]]] = [_check_page, _check_decision]
 """What is checked of each run, after its files."""
 WORKSPACE_CHECKS: list[Callable[[Evidence], Iterator[str]]] = [
-    lambda evidence: check_registry(evidence.workspace, evidence.moves),
+    _check_promoted,
+    _check_registry_files,
     _check_kept,
     _check_remote,
 ]
@@ -291,11 +321,13 @@ def _note(evidence: Evidence, line: Line) -> None:
     evidence.num_lines, evidence.time = entry["seq"], entry["time"]
     evidence.signers |= find_signers([line])
     if line.key is not None:
-        evidence.signed_by.add(key_id(line.key))
+        evidence.signed_by[key_id(line.key)] = line.key
     if event in OF_RUNS and isinstance(data.get("run_id"), str):
         evidence.runs.setdefault(data["run_id"], []).append({**data, "event": event})
     if event in EVENTS:
         evidence.moves.append({**data, "event": event})
+    if event == "delivery" and data.get("quarantine_sha256"):
+        evidence.kept[f"quarantine/{data['run_id']}.parquet"] = data["quarantine_sha256"]
     if event == "canary":
         evidence.kept[f"canaries/{data['sha256']}.json"] = data["sha256"]
     if event == "retest" and data.get("digests"):

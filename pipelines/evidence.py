@@ -11,15 +11,19 @@ from cbd.keys import load_public_key, read_public_key
 from components.keyring import trusted_keys
 from components.proof import check_proof, make_proof
 from components.verification import verify_all, verify_run
+from pipelines.options import WORKSPACE
 
+DEMOS = Path("cbd-demo")
+"""Where `cbd demo` keeps its runs, each with a workspace of its own."""
 SHOWN = ("verdict", "sentence", "name", "version", "alias", "from", "reason", "by", "expires", "supplier", "accepted", "num_files")
 """What a timeline tells of an event's data, in this order."""
 
 
 def verify(subject: str | None, workspace: Path, *, trust: Sequence[Path], since: Path | None = None) -> Iterator[str]:
     """A sentence for everything that holds of a workspace (None), a run or a proof; raises for the first thing that does not."""
-    keys, place = [read_public_key(path) for path in trust], workspace.resolve()
+    keys, place = [read_public_key(path) for path in trust], place_of(workspace)
     if subject is None:
+        yield f"workspace: {place}"
         yield from verify_all(place, trusted=keys)
     elif Path(subject).is_file():
         own = [load_public_key(place)] if (place / "keys").is_dir() else []
@@ -35,7 +39,7 @@ def timeline(run: str | None, workspace: Path) -> dict[str, Any]:
     """`events`: time, line, event, run and the gist of each entry of the verified log, oldest first; of all, or about one run."""
     run_id = Path(run).name if run else None
     rows = []
-    for line in walk(workspace.resolve()):
+    for line in walk(place_of(workspace)):
         data = line.entry["data"]
         if run_id in (None, data.get("run_id")):
             gist = "; ".join(f"{name} {data[name]}" for name in SHOWN if data.get(name) not in (None, ""))
@@ -48,10 +52,17 @@ def timeline(run: str | None, workspace: Path) -> dict[str, Any]:
 
 def prove(run: str, workspace: Path, *, since: Path | None, out: Path) -> dict[str, Any]:
     """What the proof that this writes to `out` proves."""
-    proof, content = make_proof(workspace.resolve(), Path(run).name, since=since)
+    proof, content = make_proof(place_of(workspace), Path(run).name, since=since)
     with replacing(out) as temporary:
         temporary.write_bytes(content)
     return {"run": Path(run).name, "lines": [each["entry"]["seq"] for each in proof["lines"]], "of": proof["head"]["size"], "out": str(out)}
+
+
+def place_of(workspace: Path) -> Path:
+    """The workspace that is meant; without one at the default place that of the latest demo, if there was one here."""
+    if workspace == WORKSPACE and not workspace.exists() and (demos := sorted(DEMOS.glob("*/workspace"))):
+        return demos[-1].resolve()
+    return workspace.resolve()
 
 
 def _find(run: str, workspace: Path) -> Path:

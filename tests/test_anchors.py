@@ -1,18 +1,20 @@
-"""Heads outside the log's folder: in git notes of the data registry, at its origin, in MLflow's tags; and the inventory of a run."""
+"""Heads outside the log's folder: in git notes, at their origin, in MLflow's tags, in a bucket; and the inventory of a run."""
 
 import hashlib
 import json
 import shutil
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cbd.audit import LOG, append
 from cbd.config import canonical_json
-from cbd.errors import DataError, EnvironmentFault
+from cbd.errors import ConfigError, DataError, EnvironmentFault
 from cbd.heads import HEADS, read_heads
-from components.anchors import TAG, close_log, read_anchors, told
+from components.anchors import BUCKET, TAG, close_log, read_anchors, told
 from components.git import ORIGIN, git
 from components.inventory import INVENTORY, check_inventory, take_inventory
 
@@ -44,7 +46,14 @@ def origin(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def run_dir(tmp_path: Path) -> Path:
     """A run with two records and an artifact of two files."""
     run_dir = tmp_path / "workspace" / "runs" / "run-1"
-    for name in ("kfp/scan/scan.json", "kfp/scan/deep/triggers.png", "records/scan.json", "records/report.json", "pipeline.log"):
+    for name in (
+        "kfp/scan/scan.json",
+        "kfp/scan/deep/triggers.png",
+        "records/scan.json",
+        "records/report.json",
+        "pipeline.log",
+        "arguments.json",
+    ):
         (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (run_dir / name).write_text(name)
     return run_dir
@@ -131,6 +140,52 @@ def test_tags_are_read_without_mlflow(workspace: Path, mlflow_template: Path, mo
         list(read_anchors(workspace))
 
 
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A client of a bucket with object lock: what is put there stays for a day."""
+    import boto3
+    from moto import mock_aws
+
+    for name, value in (("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "x"), ("AWS_DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    monkeypatch.setenv(BUCKET, "s3://box/heads/")
+    with mock_aws():
+        client = boto3.session.Session().client("s3")
+        client.create_bucket(Bucket="box", ObjectLockEnabledForBucket=True)
+        rule = {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}}
+        client.put_object_lock_configuration(Bucket="box", ObjectLockConfiguration={"ObjectLockEnabled": "Enabled", "Rule": rule})
+        yield client
+
+
+def test_heads_in_a_bucket_with_object_lock_are_read_although_somebody_deleted_or_replaced_them(tmp_path: Path, bucket: Any) -> None:
+    for number in range(2):
+        append(tmp_path, "event", {"number": number})
+        close_log(tmp_path)
+    place = f"{BUCKET} s3://box/heads/"
+    assert dict(read_anchors(tmp_path))[place] == read_heads(tmp_path / HEADS)
+    for item in bucket.list_objects_v2(Bucket="box")["Contents"]:
+        bucket.delete_object(Bucket="box", Key=item["Key"])
+    assert "Contents" not in bucket.list_objects_v2(Bucket="box")
+    assert dict(read_anchors(tmp_path))[place] == read_heads(tmp_path / HEADS), "a delete marker hides them from a plain listing alone"
+    versions = bucket.list_object_versions(Bucket="box")["Versions"]
+    with pytest.raises(Exception, match="AccessDenied"):
+        bucket.delete_object(Bucket="box", Key=versions[0]["Key"], VersionId=versions[0]["VersionId"])
+    bucket.put_object(Bucket="box", Key=versions[0]["Key"], Body=b"nonsense")
+    with pytest.raises(DataError, match=f"{BUCKET} s3://box/heads/: .*json: is no head"):
+        list(read_anchors(tmp_path))
+
+
+def test_a_bucket_that_is_not_there_or_no_address_is_told(tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    append(tmp_path, "event", {})
+    monkeypatch.setenv(BUCKET, "s3://absent/x")
+    with pytest.raises(DataError, match="there is no bucket 'absent'"):
+        close_log(tmp_path)
+    monkeypatch.setenv(BUCKET, "/tmp/x")
+    with pytest.raises(ConfigError, match="expected s3://bucket/prefix"):
+        close_log(tmp_path)
+
+
 def test_a_log_whose_first_line_is_no_entry_is_named(workspace: Path) -> None:
     close_log(workspace)
     (workspace / LOG).write_text("nonsense\n")
@@ -140,7 +195,7 @@ def test_a_log_whose_first_line_is_no_entry_is_named(workspace: Path) -> None:
 
 def test_an_inventory_holds_the_records_and_what_they_name(run_dir: Path) -> None:
     inventory, digest = take_inventory(run_dir, records(run_dir))
-    assert set(inventory.files) == {"kfp/scan/scan.json", "kfp/scan/deep/triggers.png", "records/scan.json"}
+    assert set(inventory.files) == {"kfp/scan/scan.json", "kfp/scan/deep/triggers.png", "records/scan.json", "arguments.json"}
     assert inventory.artifacts == {"scan/scanned": "kfp/scan"} and check_inventory(run_dir, digest) == inventory
     moved = run_dir.parent / "moved"
     run_dir.rename(moved)

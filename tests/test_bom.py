@@ -13,11 +13,12 @@ from decided_case import POLICY, make_case
 
 from cbd.attest import digests_in, unseal
 from cbd.bundle import read_card
+from cbd.chain import BOM
 from cbd.dataset import read_info
 from cbd.files import sha256_file
 from cbd.keys import ensure_key
 from components.attestation import made_with
-from components.bom import BOM, bill
+from components.bom import bill
 from components.decide import decide_step
 
 Make = Callable[..., dict[str, Any]]

@@ -16,7 +16,6 @@ from cbd.bundle import bundle_digest
 from cbd.errors import ConfigError, DataError
 from components.override import override
 from components.register import register
-from components.registered import check_registry
 from components.retest import retest
 from components.rollback import rollback
 from components.standing import read_moves
@@ -124,7 +123,7 @@ def test_afterwards_a_first_champion_is_taken_off_by_a_demotion(
     let_time_pass(monkeypatch)
     retest(workspace, policy=POLICY, seed=0, demote=True)
     assert (NAME, "champion") not in find_aliases(workspace) and champion_bundle(workspace, "model", CLASSES) is None
-    assert list(check_registry(workspace, read_moves(workspace)))
+    assert list(verify_all(workspace))
 
 
 def test_a_later_pass_takes_over_and_a_rollback_goes_past_what_a_person_allowed(
@@ -179,7 +178,9 @@ def test_an_alias_set_by_hand_is_no_override(workspace: Path, two: tuple[Case, C
 
 
 def test_a_model_that_was_overwritten_behind_its_alias_is_named_by_the_audit(workspace: Path, two: tuple[Case, Case]) -> None:
-    assert any("2 registered models are those that the log names" in sentence for sentence in verify_all(workspace))
+    assert any(
+        "2 registered models, and the decisions beside them, are those that the log names" in sentence for sentence in verify_all(workspace)
+    )
     for path in (workspace / "mlartifacts").rglob("model.json"):
         if bundle_digest(path.parent) == bundle_digest(two[0].bundle):
             for name in ("model.json", "model.safetensors"):

@@ -220,6 +220,29 @@ def test_an_overwritten_decision_behind_the_alias_is_refused(workspace: Path, ma
         fetch_model(f"models:/{told['name']}@champion", workspace)
 
 
+def test_an_overwritten_or_missing_signature_behind_the_alias_is_refused(workspace: Path, make_evaluation: Make) -> None:
+    """Model and decision are right; what should cover both is another model's, a stranger's, or gone."""
+    told = enter(decided(workspace, make_evaluation), "promote")
+    uri, place = f"models:/{told['name']}@champion", stored(workspace)
+    others = decided(workspace, make_evaluation, run_id="run-2", weight=2.0).decision
+    strangers = decided(workspace / "elsewhere", make_evaluation).decision
+    for signature, match in ((others, "not the signature"), (strangers, "not the signature"), (None, r"model\.sig is missing")):
+        (place / "model.sig").unlink()
+        if signature:
+            shutil.copyfile(signature / "model.sig", place / "model.sig")
+        with pytest.raises(DataError, match=match):
+            fetch_model(uri, workspace)
+
+
+def test_what_would_not_verify_when_it_is_fetched_is_not_registered(workspace: Path, make_evaluation: Make) -> None:
+    case = decided(workspace, make_evaluation)
+    signature = (case.decision / "model.sig").read_bytes()
+    (case.decision / "model.sig").write_bytes(signature.replace(b"A", b"B", 1))
+    refused(case, "promote", r"model\.sig: not the signature")
+    (case.decision / "model.sig").unlink()
+    refused(case, "promote", r"expected model\.sig there")
+
+
 def test_a_moved_alias_is_refused(workspace: Path, make_evaluation: Make) -> None:
     """MLflow keeps no history of aliases; the log does."""
     first = enter(decided(workspace, make_evaluation), "promote")

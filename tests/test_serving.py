@@ -160,7 +160,7 @@ def test_the_decision_of_another_model_is_refused(tmp_path: Path, make_evaluatio
     refused(model, workspace / "keys" / "signing.pub", r"model\.sig: not the signature")
 
 
-def test_an_attacker_who_signs_everything_again_is_refused(passed: Path, model: Path, tmp_path: Path) -> None:
+def test_an_attacker_who_signs_everything_again_with_a_key_of_his_own_gets_no_model_out(passed: Path, model: Path, tmp_path: Path) -> None:
     """With a key of his own, and with the name of the trusted key on what he signed."""
     own, trusted = ensure_key(tmp_path / "attacker"), ensure_key(passed / "workspace").public_key()
     content = json.loads((model / DECISION).read_text())

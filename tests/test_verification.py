@@ -14,13 +14,16 @@ import pytest
 from closed_run import close, make_run
 from command import cbd
 
-from cbd.audit import LOG, append
+from cbd.audit import LOG, append, rotate
 from cbd.config import canonical_json
-from cbd.errors import DataError
+from cbd.errors import DataError, EnvironmentFault
 from cbd.heads import HEADS
 from cbd.keys import ensure_key, read_public_key, sign
+from components.git import git
 from components.keyring import rotate_key
 from components.verification import verify_all, verify_run
+from pipelines.evidence import place_of
+from pipelines.options import WORKSPACE
 
 Make = Callable[..., dict[str, Any]]
 Change = Callable[[list[bytes]], list[bytes]]
@@ -95,8 +98,6 @@ def lines(workspace: Path) -> list[bytes]:
 
 
 def test_a_log_that_was_cut_together_with_its_heads_is_refused_by_the_heads_elsewhere(workspace: Path, make_evaluation: Make) -> None:
-    from components.git import git
-
     (workspace / "registry").mkdir()
     git(workspace / "registry", "init", "--quiet", "--initial-branch=main")
     git(workspace / "registry", "commit", "--quiet", "--allow-empty", "--message", "Start")
@@ -150,8 +151,6 @@ def test_naming_the_victims_key_in_a_rotation_does_not_make_a_log_his(workspace:
     """The forger hands over to a key that he does not have: it signed nothing, and so it vouches for nothing."""
     victim, forged = ensure_key(workspace), workspace.with_name("forged")
     close(make_run(forged, make_evaluation, "run-1"))
-    from cbd.audit import rotate
-
     rotate(forged, victim, {}, own=False)
     with pytest.raises(DataError, match="no trusted key signed a line"):
         list(verify_all(forged, trusted=[victim.public_key()]))
@@ -239,6 +238,34 @@ def test_the_command_names_the_first_thing_and_its_exit_code_is_not_0(workspace:
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     code, _, err = cbd(capsys, "audit", "verify", *place)
     assert code == 2 and err.startswith("error: ") and "model.safetensors: altered" in err and err.count("\n") == 1
+
+
+def test_without_a_workspace_the_latest_demo_is_meant(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("20260101-000000", "20260102-000000"):
+        shutil.copytree(workspace, tmp_path / "cbd-demo" / name / "workspace")
+    assert place_of(WORKSPACE) == tmp_path / "cbd-demo" / "20260102-000000" / "workspace"
+    workspace.rename(tmp_path / WORKSPACE)
+    assert place_of(WORKSPACE) == tmp_path / WORKSPACE and place_of(Path("elsewhere")) == tmp_path / "elsewhere"
+
+
+def test_a_file_of_the_data_registry_that_is_not_as_committed_is_named(workspace: Path) -> None:
+    registry = workspace / "registry"
+    registry.mkdir()
+    git(registry, "init", "--quiet", "--initial-branch=main")
+    (registry / "set.json").write_text("{}")
+    git(registry, "add", "set.json")
+    git(registry, "commit", "--quiet", "--message", "Start")
+    assert "data registry: its files are as committed, its history is whole" in list(verify_all(workspace))
+    (registry / "set.json").write_text("[]")
+    refused(workspace, "registry: not as committed: set.json")
+    git(registry, "checkout", "--", ".")
+    blob = git(registry, "rev-parse", "HEAD:set.json")
+    path = registry / ".git" / "objects" / blob[:2] / blob[2:]
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(EnvironmentFault, match=f"fsck failed: .*{blob[:2]}"):
+        list(verify_all(workspace))
 
 
 def test_the_timeline_tells_what_happened(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

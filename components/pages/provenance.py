@@ -30,10 +30,18 @@ def identities(run: Run) -> View:
         "Validation digest": digests.get("validation"),
         "Decision digest": run.outputs("decide").get("decision_digest"),
         "Decision signature": "verified with the workspace's key" if run.verdict and run.workspace and not alarms(run) else None,
+        "Signing key": _signer(decision.get("signed_by")),
         "Policy digest": decision.get("policy_sha256"),
         "Decided": decision.get("created"),
     }
     return {"rows": [{"name": name, "value": clip(value, 160)} for name, value in found.items() if value is not None]}
+
+
+def _signer(told: Any) -> str | None:
+    if not isinstance(told, dict):
+        return None
+    kind = "a development key: made by cbd, it lies beside what it signs" if told.get("development") else "a key of your own"
+    return f"{told.get('key_id')}, {kind}"
 
 
 def packages(run: Run) -> View:
