@@ -22,9 +22,32 @@ def make_slice(lines: Iterable[tuple[Entry, Hash]], head: Head, signed: SignedDe
         leaves.append(leaf)
         if _is_about(entry, signed):
             kept.append(entry)
-    proofs = [[node.hex() for node in inclusion_proof(entry["seq"] - 1, leaves)] for entry in kept]
-    listed = [{"entry": entry, "path": path} for entry, path in zip(kept, proofs, strict=True)]
-    return canonical_json({"schema_version": 1, "head": head, "lines": listed})
+    return canonical_json({"schema_version": 1, "head": head, "lines": [prove_line(entry, leaves) for entry in kept]})
+
+
+def prove_line(entry: Entry, leaves: Sequence[Hash]) -> dict[str, Any]:
+    """The entry with its path to the root over the hashes of all lines."""
+    return {"entry": entry, "path": [node.hex() for node in inclusion_proof(entry["seq"] - 1, leaves)]}
+
+
+def check_proven(line: Any, head: Head, *, told: str) -> Entry:
+    """The entry of what `prove_line` gave, after checking that it is whole and in the tree of the head. Who signed it is not looked at.
+
+    Raises:
+        DataError: it names the line as `told`.
+    """
+    if not _is_line(line) or not _is_hash(head["root"]):
+        raise DataError(f"{told} is no proof: it or its head was edited")
+    text = canonical_json(line["entry"])
+    try:
+        entry = parse_line(text + b"\n")
+        bytes.fromhex(entry["hash"])
+    except ValueError as error:
+        raise DataError(f"{told} {error}") from None
+    path = [bytes.fromhex(node) for node in line["path"]]
+    if not includes(leaf_hash(text), entry["seq"] - 1, head["size"], path, bytes.fromhex(head["root"])):
+        raise DataError(f"{told} is not in the tree of the head over {head['size']} lines")
+    return entry
 
 
 def check_slice(data: bytes, signed: SignedDecision, keys: Sequence[PublicKey], *, told: str) -> dict[str, Any]:
@@ -42,7 +65,11 @@ def check_slice(data: bytes, signed: SignedDecision, keys: Sequence[PublicKey], 
     head, lines = _parse(data, told)
     if not any(is_by(head, key) for key in keys):
         raise DataError(f"{told}: the head is altered, or of key {head['key_id'][:12]!r}, not a trusted one; export the run again")
-    entries = [_check_line(line, head, keys, f"{told}: line {number} of it") for number, line in enumerate(lines, 1)]
+    entries = [check_proven(line, head, told=f"{told}: line {number} of it") for number, line in enumerate(lines, 1)]
+    for number, entry in enumerate(entries, 1):
+        if not any(verify(bytes.fromhex(entry["hash"]), entry["signature"], key) for key in keys):
+            trusted = ", ".join(key_id(key)[:12] for key in keys)
+            raise DataError(f"{told}: line {number} of it was not signed by a trusted key ({trusted}); export the run again")
     if [entry["seq"] for entry in entries] != sorted({entry["seq"] for entry in entries}):
         raise DataError(f"{told}: lines are doubled or out of order; export the run again")
     decided = [entry["data"] for entry in entries if entry["event"] == "decision"]
@@ -73,7 +100,7 @@ def _parse(data: bytes, told: str) -> tuple[Head, list[dict[str, Any]]]:
         same = canonical_json(values) == data and set(values) == {"schema_version", "head", "lines"} and values["schema_version"] == 1
     except (ValueError, RecursionError, TypeError):
         same = False
-    if not same or not isinstance(values["lines"], list) or not all(_is_line(line) for line in values["lines"]):
+    if not same or not isinstance(values["lines"], list):
         raise DataError(f"{told}: expected a slice of a log in canonical JSON, found something else; export the run again")
     return parse_head(canonical_json(values["head"]), told=f"{told}: head"), values["lines"]
 
@@ -81,20 +108,8 @@ def _parse(data: bytes, told: str) -> tuple[Head, list[dict[str, Any]]]:
 def _is_line(line: Any) -> bool:
     if not isinstance(line, dict) or set(line) != {"entry", "path"} or not isinstance(line["path"], list):
         return False
-    return all(isinstance(node, str) and len(node) == 64 and set(node) <= set("0123456789abcdef") for node in line["path"])
+    return all(_is_hash(node) for node in line["path"])
 
 
-def _check_line(line: dict[str, Any], head: Head, keys: Sequence[PublicKey], told: str) -> Entry:
-    text = canonical_json(line["entry"])
-    try:
-        entry = parse_line(text + b"\n")
-        signature = bytes.fromhex(entry["hash"]), entry["signature"]
-    except ValueError as error:
-        raise DataError(f"{told} {error}; export the run again") from None
-    if not any(verify(*signature, key) for key in keys):
-        trusted = ", ".join(key_id(key)[:12] for key in keys)
-        raise DataError(f"{told} was not signed by a trusted key ({trusted}); export the run again")
-    path = [bytes.fromhex(node) for node in line["path"]]
-    if not includes(leaf_hash(text), entry["seq"] - 1, head["size"], path, bytes.fromhex(head["root"])):
-        raise DataError(f"{told} is not in the tree of the head over {head['size']} lines; export the run again")
-    return entry
+def _is_hash(node: Any) -> bool:
+    return isinstance(node, str) and len(node) == 64 and set(node) <= set("0123456789abcdef")

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cbd.audit import ROTATE, Entry, key_after, parse_line
+from cbd.audit import ROTATE, Entry, key_after
 from cbd.config import canonical_json
 from cbd.errors import DataError
 from cbd.heads import HEADS, Head, is_by, parse_head, read_heads, walk
 from cbd.keys import PublicKey, key_id, verify
-from cbd.merkle import consistency_proof, extends, includes, inclusion_proof, leaf_hash
+from cbd.log_slice import check_proven, prove_line
+from cbd.merkle import consistency_proof, extends
 from components.anchors import close_log
 
 _KEYS = {"schema_version", "run_id", "head", "earlier", "consistency", "lines", "rotations"}
@@ -38,7 +39,7 @@ def make_proof(workspace: Path, run_id: str, *, since: Path | None = None) -> tu
             wanted.append(line.entry)
     if not any(entry["data"].get("run_id") == run_id for entry in wanted):
         raise DataError(f"{run_id}: the log of {workspace} says nothing of such a run; see all with: cbd audit show")
-    proven = [{"entry": entry, "path": [node.hex() for node in inclusion_proof(entry["seq"] - 1, leaves)]} for entry in wanted]
+    proven = [prove_line(entry, leaves) for entry in wanted]
     earlier = earlier or head
     if earlier["size"] > len(leaves):
         raise DataError(
@@ -100,18 +101,10 @@ def check_proof(path: Path, trusted: Sequence[PublicKey], *, since: Path | None 
 
 def _proven(path: Path, lines: Any, head: Head) -> Iterator[Entry]:
     """The entries of lines that are in the tree of the head."""
-    if not isinstance(lines, list) or not all(isinstance(line, dict) and set(line) == {"entry", "path"} for line in lines):
+    if not isinstance(lines, list):
         raise DataError(f"{path}: is no proof: it was edited")
     for line in lines:
-        data = canonical_json(line["entry"])
-        try:
-            entry = parse_line(data + b"\n")
-        except ValueError as error:
-            raise DataError(f"{path}: a line {error}") from None
-        nodes = _nodes(path, line["path"])
-        if not includes(leaf_hash(data), entry["seq"] - 1, head["size"], nodes, _node(path, head["root"])):
-            raise DataError(f"{path}: line {entry['seq']} is not in the log of the head")
-        yield entry
+        yield check_proven(line, head, told=f"{path}: a line")
 
 
 def _handed_over(path: Path, entry: Entry, keys: Sequence[PublicKey]) -> list[PublicKey]:

@@ -29,7 +29,7 @@ from cbd.exported import ATTESTATIONS, EXPORT, MANIFEST, MODEL, expected_files, 
 from cbd.files import sha256_file
 from cbd.heads import sign_head
 from cbd.keys import PrivateKey, PublicKey, ensure_key, key_id, sign
-from cbd.log_slice import LOG_SLICE
+from cbd.log_slice import LOG_SLICE, check_slice
 from cbd.model_signature import MODEL_SIGNATURE, sign_model
 from components.decide import decide, refuse_step
 from components.export import export_run, write_manifest
@@ -348,9 +348,9 @@ def test_a_log_slice_that_was_edited_is_refused(whole: SimpleNamespace, export: 
         ({"lines": [line, line]}, "doubled"),
         ({"lines": [{**line, "path": []}]}, "not in the tree"),
         ({"lines": [{**line, "path": [*line["path"], "0" * 64]}]}, "not in the tree"),
-        ({"lines": [{**line, "path": ["X" * 64]}]}, "expected a slice"),
+        ({"lines": [{**line, "path": ["X" * 64]}]}, "is no proof"),
         ({"lines": [{**line, "entry": {**line["entry"], "data": {}}}]}, "was edited"),
-        ({"lines": [{**line, "entry": {**line["entry"], "signature": sign(b"x", other)}}]}, "not signed by a trusted key"),
+        ({"lines": [{**line, "entry": {**line["entry"], "signature": sign(b"x", other)}}]}, "not in the tree"),
         ({"head": {**good["head"], "root": "0" * 64}}, "the head is altered"),
         ({"head": {**good["head"], "size": 1}}, "the head is altered"),
         ({"head": {**good["head"], "signature": head["signature"]}}, "the head is altered"),
@@ -461,3 +461,6 @@ def test_after_a_rotation_an_export_needs_the_trust_in_both_keys(tmp_path: Path,
     assert verify_export(tmp_path / "export", [old, new])["key_id"] == key_id(old)
     refused(tmp_path / "export", [old], r"manifest\.json: .*not trusted")
     refused(tmp_path / "export", [new], r"decision\.json: .*not trusted")
+    signed = open_decision(tmp_path / "export" / MODEL, [old])
+    with pytest.raises(DataError, match=r"log\.json: line 1 of it was not signed by a trusted key"):
+        check_slice((tmp_path / "export" / LOG_SLICE).read_bytes(), signed, [new], told="log.json")

@@ -97,6 +97,14 @@ def test_a_rotation_from_another_key_than_the_one_that_signed_it_is_refused(work
         read_log(workspace)
 
 
+def test_a_later_rotation_from_an_earlier_key_is_refused(workspace: Path) -> None:
+    """The right key signs it, and it says that the first one hands over."""
+    keys = read_log(workspace)[2]["data"]
+    append(workspace, "rotate", {name: keys[name] for name in ("from", "to", "key_id")})
+    with pytest.raises(DataError, match="line 5 hands over from another key than the one that signed it"):
+        read_log(workspace)
+
+
 def test_a_decision_holds_under_the_key_of_its_time_and_under_no_other(tmp_path: Path, make_evaluation: Make) -> None:
     case = make_case(tmp_path, make_evaluation)
     case.decide()
