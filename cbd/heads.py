@@ -26,7 +26,7 @@ Head = dict[str, Any]
 
 
 def read_log(workspace: Path) -> list[Entry]:
-    """All entries of the workspace's log, oldest first, verified against its keys and its heads; no log, no entries.
+    """All entries of the workspace's log, oldest first, verified against its keys and its last head; no log, no entries.
 
     Raises:
         DataError: names the first bad line, or the head that the log contradicts.
@@ -41,7 +41,7 @@ def walk(workspace: Path) -> Iterator[Line]:
         if heads:
             raise DataError(f"{log}: missing, and {HEADS} beside it says that it had {heads[-1]['size']} lines; restore it from a copy")
         return
-    matching = Matching((str(workspace / HEADS), head) for head in heads)
+    matching = Matching((str(workspace / HEADS), head) for head in heads[-1:])
     for line in walk_lines(log, key=load_public_key(workspace)):
         matching.add(line)
         yield line
