@@ -1,7 +1,7 @@
 """A slice of the log: the lines about one run, each with a proof that it stands in the tree under one signed head."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from cbd.audit import Entry, parse_line
@@ -20,9 +20,14 @@ def make_slice(lines: Iterable[tuple[Entry, Hash]], head: Head, signed: SignedDe
     kept, leaves = [], []
     for entry, leaf in lines:
         leaves.append(leaf)
-        if _is_about(entry, signed):
+        if is_about(entry, str(signed.content["run_id"]), {signed.digest}):
             kept.append(entry)
     return canonical_json({"schema_version": 1, "head": head, "lines": [prove_line(entry, leaves) for entry in kept]})
+
+
+def is_about(entry: Entry, run_id: str, decisions: Collection[str]) -> bool:
+    """Whether an entry of the log is about the run, which it names, or about one of its decisions: what became of the model later."""
+    return entry["data"].get("run_id") == run_id or entry["data"].get("decision_digest") in decisions
 
 
 def prove_line(entry: Entry, leaves: Sequence[Hash]) -> dict[str, Any]:
@@ -87,11 +92,6 @@ def _tell(move: Entry) -> str:
     data = move["data"]
     told = f"{move['event']} {data.get('alias') or 'without an alias'}"
     return f"{told} until {data['expires']}" if isinstance(data.get("expires"), str) else told
-
-
-def _is_about(entry: Entry, signed: SignedDecision) -> bool:
-    data = entry["data"]
-    return bool(data.get("decision_digest") == signed.digest or data.get("run_id") == signed.content["run_id"])
 
 
 def _parse(data: bytes, told: str) -> tuple[Head, list[dict[str, Any]]]:

@@ -1,7 +1,8 @@
 """Proofs for somebody who does not get the log: that it has certain lines, and that it only grew since an earlier head (RFC 6962)."""
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from cbd.config import canonical_json
 from cbd.errors import DataError
 from cbd.heads import HEADS, Head, is_by, parse_head, read_heads, walk
 from cbd.keys import PublicKey, key_id, verify
-from cbd.log_slice import check_proven, prove_line
+from cbd.log_slice import check_proven, is_about, prove_line
 from cbd.merkle import consistency_proof, extends
 from components.anchors import close_log
 
@@ -30,14 +31,10 @@ def make_proof(workspace: Path, run_id: str, *, since: Path | None = None) -> tu
     """
     earlier = _read(since)["head"] if since else (read_heads(workspace / HEADS) or [None])[0]
     head = close_log(workspace)
-    leaves, wanted = [], []
-    for line in walk(workspace):
-        if len(leaves) == head["size"]:
-            break
-        leaves.append(line.leaf)
-        if line.entry["event"] == ROTATE or line.entry["data"].get("run_id") == run_id:
-            wanted.append(line.entry)
-    if not any(entry["data"].get("run_id") == run_id for entry in wanted):
+    lines = list(itertools.islice(walk(workspace), head["size"]))
+    leaves, decisions = [line.leaf for line in lines], _decisions((line.entry for line in lines), run_id)
+    wanted = [line.entry for line in lines if line.entry["event"] == ROTATE or is_about(line.entry, run_id, decisions)]
+    if not any(entry["event"] != ROTATE for entry in wanted):
         raise DataError(f"{run_id}: the log of {workspace} says nothing of such a run; see all with: cbd audit show")
     proven = [prove_line(entry, leaves) for entry in wanted]
     earlier = earlier or head
@@ -90,13 +87,21 @@ def check_proof(path: Path, trusted: Sequence[PublicKey], *, since: Path | None 
     if not extends(earlier["size"], old, head["size"], new, _nodes(path, proof["consistency"])):
         raise DataError(f"{path}: the log does not extend its earlier head of {earlier['time']}: it was cut, forked or rewritten")
     yield f"consistency: the log only grew since the head over {earlier['size']} lines of {earlier['time']}"
-    for entry in _proven(path, proof["lines"], head):
-        if entry["data"].get("run_id") != proof["run_id"]:
+    entries = list(_proven(path, proof["lines"], head))
+    decisions = _decisions(entries, proof["run_id"])
+    for entry in entries:
+        if not is_about(entry, proof["run_id"], decisions):
             raise DataError(f"{path}: line {entry['seq']} is not about run {proof['run_id']!r}")
         if not any(verify(bytes.fromhex(entry["hash"]), entry["signature"], key) for key in keys):
             raise DataError(f"{path}: line {entry['seq']} is not signed by a trusted key")
         told = "; ".join(f"{name} {value}" for name, value in sorted(entry["data"].items()) if isinstance(value, str) and name != "run_id")
         yield f"line {entry['seq']}: {entry['time']} {entry['event']} of run {proof['run_id']}: {told}"
+
+
+def _decisions(entries: Iterable[Entry], run_id: str) -> set[str]:
+    """Digests of the decisions that lines about the run name."""
+    named = (entry["data"] for entry in entries if entry["data"].get("run_id") == run_id)
+    return {data["decision_digest"] for data in named if "decision_digest" in data}
 
 
 def _proven(path: Path, lines: Any, head: Head) -> Iterator[Entry]:

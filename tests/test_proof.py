@@ -49,6 +49,15 @@ def test_a_proof_holds_with_the_first_key_after_a_rotation_and_tells_what_it_pro
     assert [sentence.split(":")[0] for sentence in told[2:]] == ["line 2", "line 5"] and "number 1" in told[2]
 
 
+def test_what_became_of_a_runs_model_later_is_proven_too(workspace: Path, tmp_path: Path) -> None:
+    """A demotion names the decision, not the run."""
+    append(workspace, "decision", {"run_id": "run-1", "decision_digest": "a" * 64})
+    append(workspace, "demote", {"decision_digest": "a" * 64, "reason": "a trigger works"})
+    append(workspace, "demote", {"decision_digest": "b" * 64, "reason": "of another run"})
+    told = list(check_proof(proven(workspace, tmp_path / "proof.json"), [first_key(workspace)]))
+    assert [sentence.split(":")[0] for sentence in told[2:]] == ["line 2", "line 5", "line 7", "line 8"] and "a trigger works" in told[-1]
+
+
 def test_with_the_later_key_alone_the_earlier_lines_are_not_believed(workspace: Path, tmp_path: Path) -> None:
     path = proven(workspace, tmp_path / "proof.json")
     with pytest.raises(DataError, match="line 2 is not signed by a trusted key"):
