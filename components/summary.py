@@ -9,22 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cbd.errors import CbdError
+from components import STEPS
 from components.decision import read_decision
 
-STEPS = [
-    "ingest",
-    "validate",
-    "version",
-    "canary",
-    "train_confounder",
-    "train_deconfounded",
-    "train_undefended",
-    "evaluate",
-    "scan",
-    "decide",
-    "register",
-    "report",
-]
 TRAINING = ("canary", "train_confounder", "train_deconfounded", "train_undefended", "evaluate", "scan")
 VERDICTS = ("PASS", "REVIEW", "INCONCLUSIVE", "INVALID", "BLOCK")
 BRANCHES = {"PASS": "promote", "REVIEW": "hold"}

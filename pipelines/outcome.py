@@ -6,8 +6,8 @@ from typing import Any
 from cbd.audit import LOG, append
 from cbd.errors import CbdError, DataError
 from cbd.files import sha256_file, write_json
+from components import STEPS
 from components.records import read_records
-from pipelines.progress import STEPS
 
 EXIT_CODES = {"PASS": 0, "REVIEW": 10, "BLOCK": 11, "INCONCLUSIVE": 12, "INVALID": 13, "NOTHING_NEW": 14}
 

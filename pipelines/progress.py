@@ -10,21 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-STEPS = (
-    "ingest",
-    "validate",
-    "version",
-    "canary",
-    "train_confounder",
-    "train_deconfounded",
-    "train_undefended",
-    "evaluate",
-    "scan",
-    "decide",
-    "register",
-    "report",
-)
-"""The pipeline's steps in the order in which they run."""
+from components import STEPS
 
 PROGRESS = re.compile(r"^\s*\[(\w+)\] (\d+)/(\d+)(?: (.*))?$")
 STARTED = re.compile(r"Executing task \S*'([a-z-]+?)(?:-step)?(?:-\d+)?'")

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from cbd.errors import ConfigError
+from components import STEPS
 from components.records import IMAGE
 from pipelines.compile import GOLDEN, compile_pipeline, compiled_text
-from pipelines.progress import STEPS
 
 PINNED = "registry.example/cbd@sha256:" + "0123456789abcdef" * 4
 

@@ -18,11 +18,11 @@ import pytest
 
 from cbd.errors import CbdError
 from cbd.images import encode_png
+from components import STEPS
 from components.records import read_records
 from pipelines import cli, launch, local, outcome
 from pipelines.console import tell_result
 from pipelines.demo import load_scans
-from pipelines.progress import STEPS
 
 PARAMS = """
 seed: 0

@@ -5,10 +5,11 @@ import platform
 from collections.abc import Iterator
 from typing import Any
 
+from components import STEPS
 from components.charts import bar
 from components.pages import View
 from components.pages.text import clip, number, seconds
-from components.summary import STEPS, Run, alarms
+from components.summary import Run, alarms
 
 PACKAGES = ("kfp", "torch", "torchvision", "mlflow", "dvc", "great-expectations", "numpy", "pyarrow", "pillow", "scikit-learn")
 
