@@ -121,6 +121,26 @@ def unseen(control: Path, trusted_set: Path) -> Any:
     return np.array([digest not in known for digest in read_manifest(trusted_set)["pixel_digest"].to_pylist()], bool)
 
 
+def held_out(trusted_set: Path) -> Any:
+    """bool [N]: which trusted images triggers are stamped on; the inversion sees the others. By sample id, or the column `group` if any.
+
+    Raises:
+        DataError: all would be on one side.
+    """
+    import pyarrow.parquet as pq
+
+    from cbd.scan import split
+
+    shards = sorted(read_info(trusted_set).shards)
+    grouped = bool(shards) and "group" in pq.read_schema(trusted_set / shards[0]).names
+    name = "group" if grouped else "sample_id"
+    names = [str(value) for batch in read_batches(trusted_set, columns=[name]) for value in batch[name].to_pylist()]
+    test = split(names)
+    if test.all() or not test.any():
+        raise DataError(f"{trusted_set}: cannot be split in two ({len(set(names))} sample ids or groups); give a larger trusted set")
+    return test
+
+
 def loaded(controls: Sequence[Path], trusted_set: Path) -> "list[Control]":
     """Each control's network with the trusted images that it was not trained on; raises DataError if one was altered."""
     from cbd.models import load_model
@@ -174,8 +194,6 @@ def _fetch(tag: str, wanted: BundleCard, out: Path, *, workspace: Path) -> Path:
 
 def _write_part(trusted_set: Path, data: Path | None, out: Path) -> DatasetInfo:
     """Writes what controls learn from: of `data` what is not in the trusted set, or half of the trusted set."""
-    from components.scan import held_out
-
     source = data or trusted_set
     info, trusted = verify_dataset(source), read_info(trusted_set)
     if info.trial or trusted.trial:

@@ -11,7 +11,7 @@ from kfp import dsl
 from cbd.anomaly import enough_controls
 from cbd.bundle import bundle_digest, read_card
 from cbd.config import Gate
-from cbd.dataset import load_samples, read_batches, read_info
+from cbd.dataset import load_samples, read_info
 from cbd.errors import DataError
 from cbd.files import replacing, write_json
 from cbd.scan_record import read_scan, smallest
@@ -106,29 +106,10 @@ def scan(
     return brief | {"transfer": found["transfer"]}
 
 
-def held_out(trusted_set: Path) -> Any:
-    """bool [N]: which trusted images triggers are stamped on; the inversion sees the others. By sample id, or the column `group` if any.
-
-    Raises:
-        DataError: all would be on one side.
-    """
-    import pyarrow.parquet as pq
-
-    from cbd.scan import split
-
-    shards = sorted(read_info(trusted_set).shards)
-    grouped = bool(shards) and "group" in pq.read_schema(trusted_set / shards[0]).names
-    name = "group" if grouped else "sample_id"
-    names = [str(value) for batch in read_batches(trusted_set, columns=[name]) for value in batch[name].to_pylist()]
-    test = split(names)
-    if test.all() or not test.any():
-        raise DataError(f"{trusted_set}: cannot be split in two ({len(set(names))} sample ids or groups); give a larger trusted set")
-    return test
-
-
 def _halves(trusted_set: Path, image_size: int) -> _Trusted:
     """The trusted set split in two (see `held_out`)."""
     from cbd.scan import TEST_IMAGES
+    from components.controls import held_out
 
     samples, test = load_samples(trusted_set, image_size=image_size), held_out(trusted_set)
     stamped_on = samples.images[test][:TEST_IMAGES], samples.labels[test][:TEST_IMAGES]
@@ -181,7 +162,7 @@ def _control_statistic(control: Path, trusted: _Trusted, trusted_set: Path, *, s
     import numpy as np
 
     from cbd.anomaly import anomaly_indices
-    from components.controls import unseen
+    from components.controls import held_out, unseen
     from components.summary import read_object
 
     if not unseen(control, trusted_set)[~held_out(trusted_set)].all():
