@@ -11,7 +11,7 @@ import click
 
 from cbd.errors import CbdError, ConfigError
 from cbd.files import disk_fault
-from pipelines import auditing, by_hand, controls, exchange, holding, standing
+from pipelines import auditing, by_hand, controls, exchange, holding, on_cluster, standing
 from pipelines.local import share_cores
 from pipelines.options import ATTACKS, MORE_ATTACKS, as_json, load, params_options, poison_options, tell, workspace_option
 from pipelines.progress import printable
@@ -143,8 +143,9 @@ def doctor(workspace: Path, as_json: bool) -> int:
     return 0 if findings["healthy"] else 1
 
 
-for command in (*by_hand.COMMANDS, *standing.COMMANDS, *holding.COMMANDS, *controls.COMMANDS, *exchange.COMMANDS, *auditing.COMMANDS):
-    cbd.add_command(command)
+for module in (by_hand, standing, holding, controls, exchange, auditing, on_cluster):
+    for command in module.COMMANDS:
+        cbd.add_command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
