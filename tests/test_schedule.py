@@ -87,6 +87,14 @@ def test_schedules_of_two_models_leave_each_other_alone(server: Server) -> None:
     assert [row["name"] for row in schedule.schedules()] == ["retrain-dogs", "retrain-cat"]
 
 
+def test_a_server_that_heeds_no_filter_costs_no_other_models_schedule(server: Server) -> None:
+    apply(name="cats")
+    server.filters = False
+    apply(name="dogs")
+    schedule.delete("retrain-dogs")
+    assert [made["display_name"] for made in server.recurring] == ["retrain-cats"]
+
+
 def test_the_list_goes_on_after_its_first_page(server: Server) -> None:
     for name in ("a", "b", "c", "d", "e"):
         apply(name=name)
