@@ -38,7 +38,7 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-compile: setup  ## refreshes the golden IR YAML
+compile: setup  ## refreshes the golden files
 	$(BIN)/cbd compile
 
 lock: setup  ## resolves requirements.lock anew

@@ -164,6 +164,7 @@ def summarise(run: Run, run_dir: Path) -> dict[str, Any]:
         "data": {key: ingest.get(key) for key in ("delivered", "accepted", "duplicates", "quarantined", "known", "num_images", "digest")}
         | {"revision": run.outputs("version").get("revision")},
         "model": {
+            "name": register.get("name"),
             "digest": register.get("model_digest", evaluation.get("model_digest")),
             "version": register.get("version"),
             "alias": register.get("alias"),

@@ -11,7 +11,7 @@ import click
 
 from cbd.errors import CbdError, ConfigError
 from cbd.files import disk_fault
-from pipelines import auditing, by_hand, controls, exchange, holding, standing
+from pipelines import auditing, by_hand, controls, exchange, holding, on_cluster, standing
 from pipelines.local import share_cores
 from pipelines.options import ATTACKS, MORE_ATTACKS, as_json, load, params_options, poison_options, tell, workspace_option
 from pipelines.progress import printable
@@ -83,18 +83,26 @@ def run(data: str | None, trusted: str | None, workspace: Path, as_json: bool, *
 
 
 @cbd.command("compile")
+@click.option("--overlay", help="Kind of cluster, with the settings of its GPU nodes: gke, eks or onprem.")
 @click.option("--image", help="NAME@sha256:DIGEST of the image that runs the steps.")
+@click.option("--manifest", is_flag=True, help="Write resources Pipeline and PipelineVersion, for GitOps.")
+@click.option("--namespace", help="Namespace of these resources.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="File to write.  [default: the project's golden file; with --image ./retrain.yaml]"
+    "--out", type=click.Path(path_type=Path), help="File to write.  [default: the project's golden files; with any option ./retrain.yaml]"
 )
-def compile_command(image: str | None, out: Path | None) -> int:
+def compile_command(overlay: str | None, image: str | None, manifest: bool, namespace: str | None, out: Path | None) -> int:
     """The pipeline as IR YAML for a Kubeflow Pipelines server."""
-    from pipelines.compile import GOLDEN, compile_pipeline
+    from pipelines.compile import compile_pipeline, write_golden
 
-    out = out or (Path("retrain.yaml") if image else GOLDEN)
-    compile_pipeline(out, image=image)
+    if (overlay, image, manifest, out) == (None, None, False, None):
+        for path in write_golden():
+            print(f"wrote {path}")
+        print("next: git diff")
+        return 0
+    out = out or Path("retrain.yaml")
+    compile_pipeline(out, image=image, overlay=overlay, manifest=manifest, namespace=namespace)
     print(f"wrote {out}")
-    print("next: upload it to a Kubeflow Pipelines server" if image else "next: git diff " + str(out))
+    print(f"next: {'kubectl apply --filename ' + str(out) if manifest else 'cbd submit, or upload it to a Kubeflow Pipelines server'}")
     return 0
 
 
@@ -135,8 +143,9 @@ def doctor(workspace: Path, as_json: bool) -> int:
     return 0 if findings["healthy"] else 1
 
 
-for command in (*by_hand.COMMANDS, *standing.COMMANDS, *holding.COMMANDS, *controls.COMMANDS, *exchange.COMMANDS, *auditing.COMMANDS):
-    cbd.add_command(command)
+for module in (by_hand, standing, holding, controls, exchange, auditing, on_cluster):
+    for command in module.COMMANDS:
+        cbd.add_command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

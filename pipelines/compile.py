@@ -1,41 +1,111 @@
-"""The pipeline as IR YAML, for a Kubeflow Pipelines server and for the golden file."""
+"""The pipeline as IR YAML, for a Kubeflow Pipelines server and for the golden files; and as manifests, for GitOps."""
 
 import contextlib
+import hashlib
 import re
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cbd.errors import ConfigError
 from cbd.files import replacing
-from components.records import IMAGE
 
-GOLDEN = Path(__file__).parent / "compiled" / "retrain.yaml"
+if TYPE_CHECKING:
+    from kfp.dsl.graph_component import GraphComponent
+
+FOLDER = Path(__file__).parent / "compiled"
+GOLDEN = FOLDER / "retrain.yaml"
 PINNED = re.compile(r"[a-z0-9][a-z0-9._/:-]*@sha256:[0-9a-f]{64}")
+SEPARATOR = "---\n"
 
 
-def compile_pipeline(out: Path, *, image: str | None = None) -> None:
-    """Writes `retrain` compiled to `out`; every step runs in `image`, or in the placeholder of the golden file.
-
-    Raises:
-        ConfigError: the image is not named by its digest, or `out` is no YAML file.
-    """
-    if image is not None and not PINNED.fullmatch(image):
+def check_image(image: str) -> str:
+    """The image, which is named by its digest; raises ConfigError on a bare tag."""
+    if not PINNED.fullmatch(image):
         raise ConfigError(
             f"--image {image!r}: expected NAME@sha256:DIGEST, because a tag can be moved to another image; look its digest up"
         )
+    return image
+
+
+def compile_pipeline(
+    out: Path, *, image: str | None = None, overlay: str | None = None, manifest: bool = False, namespace: str | None = None
+) -> None:
+    """Writes `retrain` compiled to `out`; every step runs in `image`, or in the placeholder of the golden files.
+
+    Args:
+        out: a YAML file.
+        image: NAME@sha256:DIGEST.
+        overlay: kind of cluster, a name in `overlays.OVERLAYS`; None compiles without settings of a cluster.
+        manifest: write resources `Pipeline` and `PipelineVersion` instead, for a cluster. The version's name ends in 12 hex digits
+            of what it holds, so that applying it twice is applying it once, and another pipeline is another version.
+        namespace: of these resources.
+
+    Raises:
+        ConfigError: the image is not named by its digest, there is no such overlay, or `out` is no YAML file.
+    """
+    from components.records import IMAGE
+
     if out.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--out {out}: expected a file name that ends in .yaml")
-    text = compiled_text()
+    if manifest and image is None:
+        raise ConfigError("--manifest: a cluster runs what it says, so name the image too: --image NAME@sha256:DIGEST")
+    filled = IMAGE if image is None else check_image(image)
+    text = compiled_text(overlay).replace(IMAGE, filled)
+    if manifest:
+        version = f"retrain-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        text = _written(overlay, version=version, namespace=namespace).replace(IMAGE, filled)
     with replacing(out) as temporary:
-        temporary.write_text(text.replace(f"image: {IMAGE}\n", f"image: {image}\n") if image else text)
+        temporary.write_text(text)
 
 
-def compiled_text() -> str:
-    """The IR YAML of `retrain`, with the placeholder as image."""
+def compiled_text(overlay: str | None = None) -> str:
+    """The IR YAML of `retrain` with the placeholder as image; with an overlay, its settings follow as a second document."""
+    return _written(overlay)
+
+
+def write_golden() -> list[Path]:
+    """Writes the golden files: the pipeline, and for each overlay the document with its settings."""
+    from pipelines.overlays import OVERLAYS
+
+    texts = {GOLDEN: compiled_text(), **{FOLDER / f"{name}.yaml": settings_text(name) for name in OVERLAYS}}
+    for path, text in texts.items():
+        with replacing(path) as temporary:
+            temporary.write_text(text)
+    return list(texts)
+
+
+def settings_text(overlay: str) -> str:
+    """The document with an overlay's settings, as YAML."""
+    return compiled_text(overlay).partition(SEPARATOR)[2]
+
+
+def _written(overlay: str | None, *, version: str | None = None, namespace: str | None = None) -> str:
+    """What KFP's compiler writes: IR YAML, or manifests if there is a name for the version."""
     from kfp import compiler
+    from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
+    options = None
+    if version:
+        options = KubernetesManifestOptions(pipeline_version_name=version, namespace=namespace, include_pipeline_manifest=True)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        path = Path(folder) / "retrain.yaml"
+        compiler.Compiler().compile(
+            _built(overlay), str(path), kubernetes_manifest_options=options, kubernetes_manifest_format=bool(version)
+        )
+        return path.read_text()
+
+
+def _built(overlay: str | None) -> "GraphComponent":
+    """The pipeline, built for a kind of cluster; raises ConfigError if it is not known."""
+    from kfp import dsl
+
+    from pipelines.overlays import OVERLAYS, chosen
     from pipelines.retrain import retrain
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        compiler.Compiler().compile(retrain, str(Path(folder) / "retrain.yaml"))
-        return (Path(folder) / "retrain.yaml").read_text()
+    if overlay is None:
+        return retrain
+    if overlay not in OVERLAYS:
+        raise ConfigError(f"--overlay {overlay!r}: expected one of {', '.join(OVERLAYS)}")
+    with chosen(OVERLAYS[overlay]):
+        return dsl.pipeline(name=retrain.name, description=retrain.description)(retrain.pipeline_func)

@@ -86,13 +86,22 @@ def check_order(order: Order) -> None:
     Raises:
         ConfigError, DataError: with the option to mend.
     """
-    for option, value in (("--name", order.name), ("--supplier", order.supplier)):
-        if not NAME.fullmatch(value):
-            raise ConfigError(f"{option} {value!r}: expected up to 64 letters, digits, '.', '_' or '-', starting with a letter or digit")
+    check_names(order)
     for option, uri in (("--data", order.data), ("--trusted", order.trusted)):
         check_uri(option, uri)
     if order.truth and not (Path(order.truth) / "truth.json").is_file():
         raise DataError(f"--truth {order.truth}: no truth.json there; give a folder that `cbd poison` wrote")
+
+
+def check_names(order: Order) -> None:
+    """Refuses names that are none.
+
+    Raises:
+        ConfigError: with the option to mend.
+    """
+    for option, value in (("--name", order.name), ("--supplier", order.supplier)):
+        if not NAME.fullmatch(value):
+            raise ConfigError(f"{option} {value!r}: expected up to 64 letters, digits, '.', '_' or '-', starting with a letter or digit")
 
 
 def check_uri(option: str, uri: str) -> None:

@@ -76,8 +76,7 @@ def write_result(run_dir: Path) -> dict[str, Any]:
     from components.summary import summary
 
     records = str(run_dir / "records")
-    result = _plain(summary(records, run_dir)) | {"report": str(run_dir / "report.html"), "workspace": str(run_dir.parent.parent)}
-    result["model"]["name"] = read_records(records).get("register", {}).get("outputs", {}).get("name")
+    result = as_fractions(summary(records, run_dir)) | {"report": str(run_dir / "report.html"), "workspace": str(run_dir.parent.parent)}
     write_json(run_dir / "result.json", result)
     return result
 
@@ -111,7 +110,7 @@ def _raise_failure(run_dir: Path, succeeded: bool) -> None:
         raise RunFailed(f"the pipeline runner failed; see the end of {log}", run_dir)
 
 
-def _plain(result: dict[str, Any]) -> dict[str, Any]:
+def as_fractions(result: dict[str, Any]) -> dict[str, Any]:
     """The result with the rates of confounder and baseline as fractions; their counts stay in `evaluation.json`."""
     fractions = {key: {name: _fraction(value) for name, value in result[key].items()} for key in ("confounder", "baseline") if result[key]}
     return result | fractions

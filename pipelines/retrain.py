@@ -8,6 +8,8 @@ What shapes it, all tried on kfp 2.17.0:
 * Nothing outside an If can read an artifact from inside it. So `train_undefended` stands outside and does nothing unless it is asked to.
 * A dict parameter turns ints into floats and holds no null, so each step checks its section again.
 * Nothing is cached: KFP's cache looks at names and parameters, not at content, and a cached step would leave no record in this run.
+* Only steps that change nothing outside this run are retried: intake, canary, version, decision and registration write to the log, to git
+  or to MLflow's registry, and a second time would count as a second event.
 """
 
 from kfp import dsl
@@ -24,16 +26,12 @@ from components.train_deconfounded import train_deconfounded_step
 from components.train_undefended import train_undefended_step
 from components.validate import validate_step
 from components.version import version_step
-
-
-def uncached(task: dsl.PipelineTask) -> dsl.PipelineTask:
-    """The task, which runs every time."""
-    return task.set_caching_options(False)
+from pipelines.overlays import DATA, SMALL, TRAINING, place, retried
 
 
 def on_gpu(task: dsl.PipelineTask) -> dsl.PipelineTask:
-    """The task, which asks a cluster for one GPU; the embedded runner takes what the machine has."""
-    return uncached(task).set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(1)
+    """The task, which trains or measures on a GPU and may do so again: it goes on from its checkpoint."""
+    return retried(place(task, TRAINING))
 
 
 @dsl.pipeline(name="retrain", description="From a delivery of untrusted images to a verdict, a model and evidence.")
@@ -86,9 +84,9 @@ def retrain(
         preset: name of the preset that the sections came from.
     """
     run = {"records": records, "workspace": workspace, "run_id": run_id}
-    report = uncached(report_step(**run))
+    report = place(report_step(**run), SMALL)
     with dsl.ExitHandler(report, name="run"):
-        taken = uncached(
+        taken = place(
             ingest_step(
                 data=data,
                 trusted=trusted,
@@ -101,20 +99,21 @@ def retrain(
                 params=ingest,
                 poison=poison,
                 **run,
-            )
+            ),
+            DATA,
         ).outputs
         with dsl.If(taken["Output"] == True, name="new"):  # noqa: E712 (an expression for KFP, not for Python)
             dataset = taken["dataset"]
             sets = {"dataset": dataset, "trusted_set": taken["trusted_set"]}
-            validated = uncached(validate_step(records=records, params=validation, **sets)).outputs
+            validated = retried(place(validate_step(records=records, params=validation, **sets), DATA)).outputs
             judged = {"policy": gate, "validation": validated["validation"], **sets, **run}
             with dsl.If(validated["Output"] == True, name="usable"):  # noqa: E712
-                versioned = uncached(version_step(records=records, truth=taken["truth"], workspace=workspace, supplier=supplier, **sets))
+                committed = version_step(records=records, truth=taken["truth"], workspace=workspace, supplier=supplier, **sets)
+                versioned = place(committed, SMALL)
                 training = {"dataset": dataset, "seed": seed, "preset": preset, "model_params": model, **run}
                 stages = {"confounder_params": confounder, "deconfounded_params": deconfounded}
-                rehearsed = on_gpu(canary_step(canary_params=canary, trusted_set=sets["trusted_set"], **stages, **training)).after(
-                    versioned
-                )
+                rehearsal = canary_step(canary_params=canary, trusted_set=sets["trusted_set"], **stages, **training)
+                rehearsed = place(rehearsal, TRAINING).after(versioned)
                 caught = on_gpu(train_confounder_step(confounder_params=confounder, **training)).after(versioned).outputs["confounder"]
                 trained = on_gpu(train_deconfounded_step(deconfounded_params=deconfounded, confounder=caught, **training)).outputs
                 undefended = on_gpu(train_undefended_step(enabled=baseline, deconfounded_params=deconfounded, **training)).after(versioned)
@@ -136,7 +135,7 @@ def retrain(
                 searched = on_gpu(scan_step(records=records, workspace=workspace, seed=seed, gate=gate, **found)).after(evaluated)
                 measured = {"evaluation": evaluated.outputs["evaluation"], "canary": rehearsed.outputs["canary"]}
                 measured["scanned"] = searched.outputs["scanned"]
-                decided = uncached(decide_step(model=trained["model"], **measured, **judged)).outputs
+                decided = place(decide_step(model=trained["model"], **measured, **judged), SMALL).outputs
                 registered = {
                     "name": name,
                     "revision": versioned.outputs["revision"],
@@ -147,10 +146,10 @@ def retrain(
                     **run,
                 }
                 with dsl.If(decided["Output"] == "PASS", name="passed"):
-                    uncached(register_step(branch="promote", **registered))
+                    place(register_step(branch="promote", **registered), SMALL)
                 with dsl.Elif(decided["Output"] == "REVIEW", name="to-review"):
-                    uncached(register_step(branch="hold", **registered))
+                    place(register_step(branch="hold", **registered), SMALL)
                 with dsl.Else(name="not-passed"):
-                    uncached(register_step(branch="record", **registered))
+                    place(register_step(branch="record", **registered), SMALL)
             with dsl.Else(name="unusable"):
-                uncached(refuse_step(**judged))
+                place(refuse_step(**judged), SMALL)

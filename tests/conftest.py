@@ -1,13 +1,17 @@
 """Fixtures that several test modules share."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from cbd.rates import rate
+
+if TYPE_CHECKING:
+    from kfp_server import Server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -61,6 +65,33 @@ def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     make_store(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def compiled_text() -> Callable[..., str]:
+    """The pipeline as IR YAML, compiled once for each overlay: it takes a second."""
+    from pipelines.compile import compiled_text
+
+    return functools.cache(compiled_text)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiled_text: Callable[..., str]) -> Iterator["Server"]:
+    """A Kubeflow Pipelines server at KF_PIPELINES_ENDPOINT, and an empty current folder with a parameter file; nobody waits long."""
+    from kfp_server import serving
+
+    from pipelines import compile as compiling
+    from pipelines import kubeflow, submit
+
+    with serving() as held:
+        monkeypatch.setenv("KF_PIPELINES_ENDPOINT", held.address)
+        monkeypatch.delenv("CBD_KFP_TOKEN", raising=False)
+        monkeypatch.setattr(kubeflow, "PAUSES", (0.01, 0.01, 0.01))
+        monkeypatch.setattr(submit, "POLL_SECONDS", 0.01)
+        monkeypatch.setattr(compiling, "compiled_text", compiled_text)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "params.yaml").write_text("gate: {min_clean_accuracy: 0.5}\n")
+        yield held
 
 
 @pytest.fixture(scope="session")

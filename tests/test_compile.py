@@ -9,7 +9,8 @@ import yaml
 from cbd.errors import ConfigError
 from components import STEPS
 from components.records import IMAGE
-from pipelines.compile import GOLDEN, compile_pipeline, compiled_text
+from pipelines.compile import FOLDER, GOLDEN, compile_pipeline, compiled_text
+from pipelines.overlays import OVERLAYS, RETRIES
 
 PINNED = "registry.example/cbd@sha256:" + "0123456789abcdef" * 4
 
@@ -38,6 +39,86 @@ def test_the_golden_file_is_what_the_pipeline_compiles_to(text: str) -> None:
 
 def test_compiling_twice_gives_the_same_bytes(text: str) -> None:
     assert compiled_text() == text
+
+
+@pytest.fixture(scope="module")
+def on_clusters() -> dict[str, str]:
+    """The pipeline as each overlay compiles it."""
+    return {overlay: compiled_text(overlay) for overlay in OVERLAYS}
+
+
+def of_steps(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What an overlay's document says of each step, by the step's name."""
+    executors = settings["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    return {name.removeprefix("exec-"): said for name, said in executors.items()}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlays_golden_file_is_the_document_that_follows_the_pipeline(on_clusters: dict[str, str], overlay: str) -> None:
+    following = on_clusters[overlay].partition("---\n")[2]
+    assert following == (FOLDER / f"{overlay}.yaml").read_text(), "the overlay has changed: look at `git diff` after `cbd compile`"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_changes_nothing_in_the_pipeline_but_two_variables(
+    spec: dict[str, Any], on_clusters: dict[str, str], overlay: str
+) -> None:
+    compiled = next(yaml.safe_load_all(on_clusters[overlay]))
+    for executor in compiled["deploymentSpec"]["executors"].values():
+        told = {variable["name"]: variable["value"] for variable in executor["container"].pop("env")}
+        assert told == {"CBD_IMAGE": IMAGE, "CBD_SIGNING_KEY": "/var/run/cbd/signing/key.pem"}
+    assert compiled == spec
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_on_a_cluster_exactly_the_training_steps_go_to_gpu_nodes_with_shared_memory(
+    spec: dict[str, Any], on_clusters: dict[str, str], overlay: str
+) -> None:
+    settings = of_steps(list(yaml.safe_load_all(on_clusters[overlay]))[1])
+    resources = {name.removeprefix("exec-"): made["container"]["resources"] for name, made in spec["deploymentSpec"]["executors"].items()}
+    on_gpu = {name for name, asked in resources.items() if asked.get("accelerator", {}).get("resourceType") == "nvidia.com/gpu"}
+    assert on_gpu == {f"{step.replace('_', '-')}-step" for step in STEPS if step in ("canary", "evaluate", "scan") or "train" in step}
+    assert settings.keys() == resources.keys()
+    for name, said in settings.items():
+        assert (said.get("nodeSelector", {}).get("labels") == OVERLAYS[overlay].selector) == (name in on_gpu)
+        assert any(taint["key"] == "nvidia.com/gpu" for taint in said.get("tolerations", ())) == (name in on_gpu)
+        assert [volume["mountPath"] for volume in said.get("emptyDirMounts", ())] == ["/dev/shm"] * (name in on_gpu)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_on_a_cluster_every_step_ends_in_time_is_no_root_and_gets_secrets_by_name_only(on_clusters: dict[str, str], overlay: str) -> None:
+    for said in of_steps(list(yaml.safe_load_all(on_clusters[overlay]))[1]).values():
+        assert 0 < int(said["activeDeadlineSeconds"]) <= 24 * 3600
+        assert said["securityContext"] == {"runAsNonRoot": True}
+        assert [(claim["constant"], claim["mountPath"]) for claim in said["pvcMount"]] == [("cbd-workspace", "/workspace")]
+        assert [(secret["secretName"], secret["optional"]) for secret in said["secretAsVolume"]] == [("cbd-signing-key", False)]
+        assert {secret["secretName"] for secret in said["secretAsEnv"]} == {"cbd-tracking", "cbd-object-store"}
+
+
+def test_no_parameter_could_hold_a_secret(spec: dict[str, Any]) -> None:
+    known = {name for component in spec["components"].values() for name in component.get("inputDefinitions", {}).get("parameters", {})}
+    known |= set(spec["root"]["inputDefinitions"]["parameters"])
+    assert not [name for name in known if any(word in name.lower() for word in ("secret", "password", "token", "credential", "key"))]
+
+
+def test_every_step_says_what_it_takes(spec: dict[str, Any]) -> None:
+    for executor in spec["deploymentSpec"]["executors"].values():
+        asked = executor["container"]["resources"]
+        assert asked["resourceCpuRequest"] and asked["resourceCpuLimit"] and asked["resourceMemoryRequest"] and asked["resourceMemoryLimit"]
+
+
+def test_only_steps_that_leave_no_trace_outside_the_run_are_retried_and_with_a_back_off(spec: dict[str, Any]) -> None:
+    policies = {name.rstrip("-0123456789").removesuffix("-step"): task.get("retryPolicy") for name, task in tasks(spec).items()}
+    assert {name for name, policy in policies.items() if policy} == {
+        "validate",
+        "train-confounder",
+        "train-deconfounded",
+        "train-undefended",
+        "evaluate",
+        "scan",
+    }
+    for policy in filter(None, policies.values()):
+        assert (policy["maxRetryCount"], policy["backoffDuration"], policy["backoffFactor"]) == (RETRIES["num_retries"], "60s", 2.0)
 
 
 def test_every_step_is_a_task_and_none_is_cached(spec: dict[str, Any]) -> None:
@@ -75,4 +156,33 @@ def test_an_image_named_by_its_digest_is_filled_in_everywhere(tmp_path: Path) ->
 def test_an_image_that_could_be_moved_is_refused(tmp_path: Path, image: str) -> None:
     with pytest.raises(ConfigError, match="NAME@sha256:DIGEST"):
         compile_pipeline(tmp_path / "retrain.yaml", image=image)
+    assert not list(tmp_path.iterdir())
+
+
+def test_with_an_overlay_the_image_is_filled_in_where_a_step_reads_it_too(tmp_path: Path) -> None:
+    compile_pipeline(tmp_path / "retrain.yaml", image=PINNED, overlay="eks")
+    compiled, settings = yaml.safe_load_all((tmp_path / "retrain.yaml").read_text())
+    for executor in compiled["deploymentSpec"]["executors"].values():
+        assert {"name": "CBD_IMAGE", "value": PINNED} in executor["container"]["env"]
+    assert of_steps(settings)["scan-step"]["nodeSelector"]["labels"] == {"eks.amazonaws.com/nodegroup": "cbd-gpu"}
+    assert IMAGE not in (tmp_path / "retrain.yaml").read_text()
+
+
+def test_as_manifests_the_same_pipeline_is_the_same_version_and_another_image_another(tmp_path: Path) -> None:
+    names = []
+    for number, image in enumerate((PINNED, PINNED, PINNED.replace("0123", "3210"))):
+        compile_pipeline(tmp_path / f"{number}.yaml", image=image, overlay="gke", manifest=True, namespace="ml")
+        pipeline, version = yaml.safe_load_all((tmp_path / f"{number}.yaml").read_text())
+        assert (pipeline["kind"], pipeline["metadata"]) == ("Pipeline", {"name": "retrain", "namespace": "ml"})
+        assert version["kind"] == "PipelineVersion" and version["spec"]["pipelineName"] == "retrain"
+        assert "cloud.google.com/gke-nodepool" in str(version["spec"]["platformSpec"]) and image in str(version["spec"]["pipelineSpec"])
+        names.append(version["metadata"]["name"])
+    assert names[0] == names[1] != names[2] and (tmp_path / "0.yaml").read_bytes() == (tmp_path / "1.yaml").read_bytes()
+
+
+def test_an_unknown_overlay_or_manifests_without_an_image_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--overlay 'aks': expected one of gke, eks, onprem"):
+        compile_pipeline(tmp_path / "retrain.yaml", overlay="aks")
+    with pytest.raises(ConfigError, match="name the image too"):
+        compile_pipeline(tmp_path / "retrain.yaml", overlay="gke", manifest=True)
     assert not list(tmp_path.iterdir())

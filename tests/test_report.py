@@ -76,7 +76,7 @@ def test_a_finished_run_is_told_in_the_form_of_the_json_option(run: Path) -> Non
         "delivered": 64, "accepted": 60, "duplicates": 1, "quarantined": 3, "known": None, "num_images": None,
         "digest": "", "revision": "9f" * 20
     }  # fmt: skip
-    assert result["model"] == {"digest": "ab" * 32, "version": "1", "alias": "champion"}
+    assert result["model"] == {"name": "digits-1a2b3c4d", "digest": "ab" * 32, "version": "1", "alias": "champion"}
     assert result["run_dir"] == str(run) and result["seconds"]["train_confounder"] == 31.5 and result["import_seconds"]["ingest"] == 3.5
     assert json.loads((run / "result.json").read_text()) == result == summary(str(run / "records"), run)
 

@@ -1,0 +1,175 @@
+"""One run on a Kubeflow Pipelines server, from the checks at the door to the result."""
+
+import contextlib
+import datetime
+import json
+import os
+import re
+import secrets
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cbd.config import Params
+from cbd.errors import CbdError, ConfigError, EnvironmentFault
+from pipelines.compile import check_image, compile_pipeline
+from pipelines.kubeflow import asked, connect, created, experiment_of, link_to, named
+from pipelines.launch import NAME, Order, check_names, pipeline_arguments
+from pipelines.progress import printable
+
+if TYPE_CHECKING:
+    from kfp import Client
+
+WORKSPACE = Path("/workspace")
+"""Where the overlays mount the claim `cbd-workspace`."""
+ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
+POLL_SECONDS = 15.0
+PATIENCE = 20
+"""How much longer than usual a server may be out of reach while a run is followed: 10 minutes."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where and how a pipeline runs."""
+
+    image: str
+    """NAME@sha256:DIGEST."""
+    overlay: str
+    namespace: str = ""
+    """On a server that serves several users."""
+    service_account: str | None = None
+
+
+def submit(order: Order, params: Params, cluster: Cluster, *, run_id: str = "", wait: bool = True) -> dict[str, Any]:
+    """What the run came to (as `outcome.finish` tells it), with the links `run` and `report`; with `wait=False` only `run_id` and `run`.
+
+    A run that is there already under `run_id` is followed, not started again.
+
+    Raises:
+        ConfigError: refused at the door or by the server; with `wait`, MLFLOW_TRACKING_URI is not set.
+        EnvironmentFault: the server is out of reach, or the tracking server holds no result.
+        CbdError: the run failed.
+    """
+    if wait and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ConfigError("MLFLOW_TRACKING_URI is not set: the verdict is read from the tracking server; set it, or give --no-wait")
+    run_id = run_id or f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    if not NAME.fullmatch(run_id):
+        raise ConfigError(f"--run-id {run_id!r}: expected up to 64 letters, digits, '.', '_' or '-', starting with a letter or digit")
+    given = arguments(order, params, run_id)
+    with compiled(cluster) as package:
+        client = connect(cluster.namespace)
+        experiment = experiment_of(client, cluster.namespace)
+        started = find_run(client, experiment, run_id)
+        if started is None:
+            started = _start(client, experiment, run_id, package=package, given=given, account=cluster.service_account)
+    link = link_to(started.run_id)
+    print(f"run: {link}", file=sys.stderr)
+    if not wait:
+        return {"run_id": run_id, "run": link}
+    try:
+        ended = follow(client, started.run_id)
+    except CbdError as error:
+        raise type(error)(f"{error}; the run goes on, follow it by the same command with --run-id {run_id}") from None
+    return {**_result(run_id, str(ended.state), link), "run_id": run_id, "run": link}
+
+
+def arguments(order: Order, params: Params, run_id: str) -> dict[str, Any]:
+    """The parameters of the pipeline on a cluster.
+
+    Raises:
+        ConfigError: a name that is none, a place that no step could read, or text that the server would replace.
+    """
+    check_names(order)
+    for option, uri in (("--data", order.data), ("--trusted", order.trusted)):
+        if not uri.startswith("s3://") and WORKSPACE not in Path(os.path.normpath(uri)).parents:
+            raise ConfigError(f"{option} {uri!r}: a cluster cannot read it; expected s3://bucket/prefix, or a path under {WORKSPACE}")
+    given = pipeline_arguments(order, params, WORKSPACE / "runs" / run_id)
+    for text in _texts(given):
+        if "{{$" in text or "[[" in text:
+            raise ConfigError(f"{text!r}: may hold neither '{{{{$' nor '[[', which the server replaces; rename it")
+    return given
+
+
+@contextlib.contextmanager
+def compiled(cluster: Cluster) -> Iterator[Path]:
+    """The pipeline for the cluster, in a file that is gone afterwards; raises ConfigError on a bare tag or an unknown overlay."""
+    check_image(cluster.image)
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "retrain.yaml"
+        compile_pipeline(package, image=cluster.image, overlay=cluster.overlay)
+        yield package
+
+
+def find_run(client: "Client", experiment: str, run_id: str) -> Any | None:
+    """The server's run that has our run id as its name; None if there is none."""
+    listed = asked(lambda: client.list_runs(experiment_id=experiment, filter=named(run_id))).runs or []
+    return next((run for run in listed if run.display_name == run_id), None)
+
+
+def follow(client: "Client", server_id: str) -> Any:
+    """The run when it has ended; meanwhile each change of a step's state is a line on stderr."""
+    told: dict[str, str] = {}
+    while True:
+        run = asked(lambda: client.get_run(server_id), patience=PATIENCE)
+        for task in (run.run_details and run.run_details.task_details) or ():
+            state = str(task.state)
+            if task.display_name and state != told.get(task.task_id):
+                told[task.task_id] = state
+                print(printable(f"{task.display_name}: {state.lower()}"), file=sys.stderr, flush=True)
+        # A state that this client does not know must not be waited for for ever: an ended run also has a time at which it ended.
+        if run.state in ENDED or (run.finished_at and run.finished_at.year > 1970):
+            return run
+        time.sleep(POLL_SECONDS)
+
+
+def _start(client: "Client", experiment: str, run_id: str, *, package: Path, given: dict[str, Any], account: str | None) -> Any:
+    with contextlib.redirect_stdout(None):
+        started = created(
+            lambda: client.run_pipeline(experiment, run_id, str(package), params=given, service_account=account),
+            lambda: find_run(client, experiment, run_id),
+        )
+    if not started.run_id:
+        raise EnvironmentFault("the server gave the run no id; is it a Kubeflow Pipelines server of version 2?")
+    return started
+
+
+def _result(run_id: str, state: str, link: str) -> dict[str, Any]:
+    """What the report step left at the tracking server."""
+    from pipelines.outcome import EXIT_CODES, as_fractions
+
+    found = _tracked(run_id)
+    if found is None:
+        raise EnvironmentFault(f"the run ended as {state}, but the tracking server holds no result of {run_id}; see {link}")
+    result, page = found
+    faults = [*result["alarms"], *result["stopped"].values()]
+    if state != "SUCCEEDED" or faults or not (result["verdict"] in EXIT_CODES or result["nothing_new"]):
+        raise CbdError(f"the run ended as {state}: {printable((faults or ['without a verdict'])[0])}; see {page} and {link}")
+    return as_fractions(result) | {"report": page, "workspace": str(WORKSPACE)}
+
+
+def _tracked(run_id: str) -> tuple[dict[str, Any], str] | None:
+    """The result of the tracking run that has our run id, and its page; None if there is none."""
+    from components.tracking_runs import plain
+    from components.tracking_store import client, shown, tracking_uri
+
+    with tempfile.TemporaryDirectory() as folder, client(Path(folder)) as mlflow:
+        experiments = [experiment.experiment_id for experiment in mlflow.search_experiments()]
+        found = mlflow.search_runs(experiments, f"tags.`cbd.run_id` = '{plain(run_id)}'", max_results=1, order_by=["start_time ASC"])
+        if not found or not any(artifact.path == "result.json" for artifact in mlflow.list_artifacts(found[0].info.run_id)):
+            return None
+        info = found[0].info
+        result = json.loads(Path(mlflow.download_artifacts(info.run_id, "result.json", folder)).read_text())
+        address = re.sub(r"/+$", "", shown(tracking_uri(Path(folder))))
+        return result, f"{address}/#/experiments/{info.experiment_id}/runs/{info.run_id}/artifacts/report.html"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
