@@ -1,6 +1,6 @@
 """The last runs of a workspace as Prometheus metrics, read from what the runs left behind, anew at every scrape.
 
-`python -m components.monitoring --workspace FOLDER` serves them at `/metrics`; the alerts on them are in `k8s/base/cbd/alerts.yaml`.
+`python -m components.monitoring --workspace FOLDER` serves them at `/metrics`; alerts: `k8s/overlays/production/monitoring.yaml`.
 """
 
 import functools
