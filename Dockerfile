@@ -26,7 +26,7 @@ COPY --from=build /opt/cbd /opt/cbd
 COPY --from=build /app /app
 # Nothing is written but under /tmp and what is mounted, so that any user id and a read-only root file system will do.
 ENV PATH=/opt/cbd/bin:/usr/local/bin:/usr/bin:/bin \
-    HOME=/tmp USER=cbd LOGNAME=cbd MPLCONFIGDIR=/tmp/matplotlib \
+    HOME=/tmp USER=cbd LOGNAME=cbd MPLCONFIGDIR=/tmp/matplotlib DVC_SITE_CACHE_DIR=/tmp/dvc \
     PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=passive
 WORKDIR /tmp
 USER 10001:10001

@@ -22,6 +22,7 @@ def faults(text: str) -> list[str]:
         "packages of the last stage": re.findall(r"apt-get install -y -qq --no-install-recommends ([^&]*?) &&", final) in ([], ["git"]),
         "no commit": 'org.opencontainers.image.revision="${COMMIT}"' in final,
         "something from the network": not re.search(r"\b(curl|wget|ADD|git clone)\b", text),
+        "a cache outside of /tmp": "/opt/mlflow" in text or "DVC_SITE_CACHE_DIR=/tmp/" in final,
         "a secret": not re.search(r"(?i)(password|secret|token)\s*=", text),
     }
     return [name for name, holds in rules.items() if not holds]
@@ -46,6 +47,7 @@ def test_a_dockerfile_keeps_the_rules(name: str) -> None:
         ("${COMMIT}", "unknown", "no commit"),
         ("COPY . .", "ADD https://example.org/x .", "something from the network"),
         ("USER=cbd", "TOKEN=abc", "a secret"),
+        ("DVC_SITE_CACHE_DIR", "OTHER", "a cache outside of /tmp"),
     ],
 )
 def test_each_rule_is_seen_broken(old: str, new: str, told: str) -> None:
