@@ -88,8 +88,22 @@ def pod_faults(manifests: Manifests) -> Iterator[str]:
             yield f"{told}: mounts a token"
         if any("sizeLimit" not in each["emptyDir"] for each in spec["volumes"] if "emptyDir" in each):
             yield f"{told}: an emptyDir without a limit"
+        elif _empty_dirs(spec) > min(_bytes(_limits(each).get("ephemeral-storage", "0Mi")) for each in containers(pod)):
+            yield f"{told}: is ended before its emptyDirs are full"
         for container in containers(pod):
             yield from (f"{told}/{container['name']}: {fault}" for fault in container_faults(container))
+
+
+def _limits(container: Object) -> dict[str, str]:
+    return container.get("resources", {}).get("limits", {})
+
+
+def _empty_dirs(spec: Object) -> int:
+    return sum(_bytes(each["emptyDir"]["sizeLimit"]) for each in spec["volumes"] if "emptyDir" in each)
+
+
+def _bytes(quantity: str) -> int:
+    return int(quantity[:-2]) * 1024 ** (1 + "KMG".index(quantity[-2]))
 
 
 def container_faults(container: Object) -> Iterator[str]:
@@ -104,7 +118,7 @@ def container_faults(container: Object) -> Iterator[str]:
         yield "overrides its pod's security"
     if not {"cpu", "memory", "ephemeral-storage"} <= set(resources.get("requests", {})):
         yield "asks for no resources"
-    if not {"memory", "ephemeral-storage"} <= set(resources.get("limits", {})):
+    if not {"memory", "ephemeral-storage"} <= set(_limits(container)):
         yield "has no limits"
 
 
@@ -192,9 +206,8 @@ def backup_faults(manifests: Manifests) -> Iterator[str]:
     jobs = {each["metadata"]["name"]: each for each in of_kind(manifests, "CronJob")}
     if not {"postgres-backup", "postgres-restore"} <= set(jobs):
         yield "no backup, or no way to restore it"
-        return
-    if jobs["postgres-backup"]["spec"]["suspend"] or not jobs["postgres-restore"]["spec"]["suspend"]:
-        yield "the backup does not run, or the restoration runs by itself"
+    if any(each["spec"]["suspend"] is (name == "postgres-backup") for name, each in jobs.items()):
+        yield "the backup does not run, or something else runs by itself"
     if any(each["spec"]["concurrencyPolicy"] != "Forbid" for each in jobs.values()):
         yield "two may run at once"
 
@@ -251,7 +264,7 @@ def allowed(manifests: Manifests) -> tuple[set[Row], set[Row]]:
 
 
 def _selected(selector: Object) -> list[str]:
-    if selector == {"matchExpressions": [{"key": "app.kubernetes.io/part-of", "operator": "NotIn", "values": ["cbd"]}]}:
+    if selector == {"matchExpressions": [{"key": "part-of", "operator": "NotIn", "values": ["cbd"]}]}:
         return ["steps"]
     if "matchExpressions" in selector:
         (only,) = selector["matchExpressions"]
@@ -364,6 +377,7 @@ BREAKS: dict[str, tuple[str, Callable[[Manifests], object]]] = {
     "a host path": ("pods", lambda m: _pod(m)["volumes"].append({"name": "h", "hostPath": {"path": "/"}})),
     "a token in a pod": ("pods", lambda m: _pod(m).pop("automountServiceAccountToken")),
     "an endless emptyDir": ("pods", lambda m: _pod(m)["volumes"][0]["emptyDir"].pop("sizeLimit")),
+    "an emptyDir over the limit": ("pods", lambda m: _pod(m)["volumes"][0]["emptyDir"].update(sizeLimit="40Gi")),
     "a writable root": ("pods", lambda m: _box(m)["securityContext"].update(readOnlyRootFilesystem=False)),
     "a writable root in an init container": (
         "pods",
@@ -404,6 +418,7 @@ BREAKS: dict[str, tuple[str, Callable[[Manifests], object]]] = {
     "no probe": ("budgets", lambda m: _box(m).pop("livenessProbe")),
     "no backup": ("backups", lambda m: m.remove(_get(m, "CronJob", "postgres-backup"))),
     "a backup that sleeps": ("backups", lambda m: _get(m, "CronJob", "postgres-backup")["spec"].update(suspend=True)),
+    "two at once": ("backups", lambda m: _get(m, "CronJob", "postgres-restore")["spec"].update(concurrencyPolicy="Allow")),
     "a restoration by itself": ("backups", lambda m: _get(m, "CronJob", "postgres-restore")["spec"].update(suspend=False)),
     "a Service without pods": ("selectors", lambda m: _get(m, "Service", "mlflow")["spec"]["selector"].update(x="y")),
     "another claim": ("selectors", lambda m: m.remove(_get(m, "PersistentVolumeClaim", "cbd-workspace"))),
