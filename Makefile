@@ -5,8 +5,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 export OMP_WAIT_POLICY := passive
+DOCKER ?= docker
+IMAGE ?= cbd
+TAG ?= $(shell git rev-parse --short HEAD)
 
-.PHONY: setup run test test-fast check lock compile format clean
+.PHONY: setup run test test-fast check lock compile format image image-test clean
 
 setup: .venv/stamp
 
@@ -44,6 +47,18 @@ compile: setup  ## refreshes the golden files
 lock: setup  ## resolves requirements.lock anew
 	$(BIN)/uv pip compile --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--no-header --no-annotate --quiet --extra dev pyproject.toml -o requirements.lock
+	sed -n 's/^\([^ ].*==.*\) \\$$/\1/p' requirements.lock > .venv/pins.txt
+	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet \
+		--constraint .venv/pins.txt mlflow/requirements.in -o mlflow/requirements.lock
+
+image:  ## the image of all steps and that of the tracking server: BASE=python:3.11-slim-bookworm@sha256:..., DOCKER_BUILD for more options
+	@test -n "$(BASE)" || { echo "error: name the base image by its digest: make image BASE=python:3.11-slim-bookworm@sha256:DIGEST"; exit 1; }
+	$(DOCKER) build $(DOCKER_BUILD) --build-arg BASE="$(BASE)" --build-arg COMMIT="$$(git rev-parse HEAD)" \
+		--build-arg VERSION="$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" --tag "$(IMAGE):$(TAG)" .
+	$(DOCKER) build $(DOCKER_BUILD) --build-arg BASE="$(BASE)" --build-arg COMMIT="$$(git rev-parse HEAD)" --tag "$(IMAGE)-mlflow:$(TAG)" mlflow
+
+image-test:  ## runs every component inside the image: no network, read-only root, a random user
+	DOCKER="$(DOCKER)" bash tests/image.sh "$(IMAGE):$(TAG)" "$(IMAGE)-mlflow:$(TAG)"
 
 clean:
 	rm -rf .venv cbd-demo cbd-workspace out

@@ -1,9 +1,10 @@
-"""The bill of materials of a model: CycloneDX 1.6 (ECMA-424) in JSON, with a model card.
+"""The bill of materials of a model, with a model card, and that of an image: CycloneDX 1.6 (ECMA-424) in JSON.
 
 Written by hand, since cyclonedx-python-lib knows no model card; its validator checks the result in the tests.
 """
 
 import importlib.metadata
+import json
 import re
 import uuid
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from cbd.dataset import DatasetInfo
 LICENCE = "Apache-2.0"
 """Of cbd itself, as in pyproject.toml."""
 MODEL, CODE, LOCK = "model", "cbd", "requirements.lock"
+FORMAT = {"$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json", "bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1}
 _PINNED = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;\\]+)", re.MULTILINE)
 _ATTRIBUTE = re.compile(r"[ -~]{1,200}")
 
@@ -52,11 +54,8 @@ def bill(
         CODE: [part["bom-ref"] for part in (*files, *packages)],
     }
     return {
-        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
-        "bomFormat": "CycloneDX",
-        "specVersion": "1.6",
+        **FORMAT,
         "serialNumber": f"urn:uuid:{serial}",
-        "version": 1,
         "metadata": {
             "timestamp": decision["created"],
             "lifecycles": [{"phase": "build"}],
@@ -65,6 +64,19 @@ def bill(
         },
         "components": [*data, code, *files, *packages],
         "dependencies": [{"ref": ref, "dependsOn": sorted(set(on))} for ref, on in depends.items()],
+    }
+
+
+def installed() -> dict[str, Any]:
+    """The bill of materials of an image: every package that is installed here; `python -m components.bom` prints it."""
+    found = sorted({(each.name, each.version) for each in importlib.metadata.distributions() if each.name != CODE})
+    packages = [_package(name, version) for name, version in found]
+    own = {"type": "application", "bom-ref": CODE, "name": CODE, "version": importlib.metadata.version(CODE)}
+    return {
+        **FORMAT,
+        "metadata": {"lifecycles": [{"phase": "build"}], "component": own | {"licenses": [{"license": {"id": LICENCE}}]}},
+        "components": packages,
+        "dependencies": [{"ref": CODE, "dependsOn": [part["bom-ref"] for part in packages]}],
     }
 
 
@@ -170,3 +182,7 @@ def _licence(expression: str | None, text: str | None, classifiers: list[str]) -
 
 def _property(name: str, value: str) -> Part:
     return {"name": f"cbd:{name}", "value": value}
+
+
+if __name__ == "__main__":
+    print(json.dumps(installed(), indent=1))

@@ -1,6 +1,9 @@
 """The bill of materials: valid by CycloneDX's own schema, and it names what the model was made of."""
 
+import importlib.metadata
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +49,13 @@ def test_it_is_valid_by_the_schema_and_a_broken_one_is_not(written: Path) -> Non
     found = json.loads(text)
     found["metadata"]["component"]["modelCard"]["modelParameters"]["approach"]["type"] = "guessing"
     assert faults(json.dumps(found)) is not None
+
+
+def test_that_of_an_image_is_valid_and_names_what_is_installed() -> None:
+    done = subprocess.run([sys.executable, "-m", "components.bom"], check=True, capture_output=True, text=True)
+    assert faults(done.stdout) is None
+    found = {each["name"].lower(): each for each in json.loads(done.stdout)["components"]}
+    assert found["torch"]["version"] == importlib.metadata.version("torch") and found["torch"]["scope"] == "required"
 
 
 def test_it_names_data_code_packages_metrics_and_licences(written: Path) -> None:
