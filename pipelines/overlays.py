@@ -1,7 +1,7 @@
 """What a cluster must know of each step: what it takes, how long it may run, where it runs, what it may read.
 
 What a step takes stands in the pipeline itself, because it is the same everywhere. The rest comes from an overlay, one for each kind of
-cluster; compiled, it is a second YAML document. The embedded runner looks at none of it.
+cluster; compiled, most of it is a second YAML document. The embedded runner looks at none of it.
 """
 
 import contextlib
@@ -92,8 +92,11 @@ def place(task: dsl.PipelineTask, needs: Needs) -> dsl.PipelineTask:
 
 
 def retried(task: dsl.PipelineTask) -> dsl.PipelineTask:
-    """The task, which a cluster starts again after a fault: only for steps that may run twice without a trace."""
-    return task.set_retry(**RETRIES)
+    """The task, which a cluster starts again after a fault: only for steps that may run twice without a trace.
+
+    The embedded runner would do so as well, minutes later; there a fault is told at once.
+    """
+    return task.set_retry(**RETRIES) if _CHOSEN.get() else task
 
 
 def _on_cluster(task: dsl.PipelineTask, needs: Needs) -> None:
