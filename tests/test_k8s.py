@@ -18,6 +18,7 @@ import yaml
 from moto.server import ThreadedMotoServer
 
 from components.monitoring import OUTCOMES
+from pipelines.overlays import MORE_SETTINGS, SECRETS, SETTINGS, SIGNING_KEY
 
 PROJECT = Path(__file__).parent.parent
 OVERLAYS = ("dev", "production")
@@ -458,11 +459,10 @@ def test_the_names_that_compiled_pipelines_read_are_there() -> None:
     assert settings["data"]["MLFLOW_TRACKING_URI"] == f"http://mlflow.{place(service)[0]}:{service['spec']['ports'][0]['port']}"
     hosts = next(each["data"] for each in of_kind(manifests, "ConfigMap") if "MLFLOW_SERVER_ALLOWED_HOSTS" in each.get("data", {}))
     assert "mlflow.cbd-tracking:5000" in hosts["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
-    assert {name for namespace, name in map(place, of_kind(manifests, "ExternalSecret")) if namespace == "cbd"} == {
-        "cbd-object-store",
-        "cbd-signing-key",
-        "cbd-tracking",
-    }
+    assert set(settings["data"]) <= {*SETTINGS, *MORE_SETTINGS}
+    secrets = {each["metadata"]["name"]: each["spec"]["data"] for each in of_kind(manifests, "ExternalSecret") if place(each)[0] == "cbd"}
+    keys = {name: {entry["secretKey"] for entry in entries} for name, entries in secrets.items()}
+    assert keys == {name: set(named) for name, named in SECRETS.items()} | {"cbd-signing-key": {Path(SIGNING_KEY).name}}
 
 
 def test_a_dump_goes_to_the_object_store_and_the_newest_or_a_named_one_comes_back(tmp_path: Path) -> None:
