@@ -37,7 +37,7 @@ def train_confounder(
     data = load(dataset, params)
     place = checkpoint_folder(checkpoints, data.info, params, "confounder")
     common: dict[str, Any] = {"num_classes": len(data.info.class_names), "params": params}
-    with live_curves(*tracked, "train_confounder", params) if tracked else contextlib.nullcontext() as curves:
+    with live_curves(*tracked, "train_confounder", params, section="confounder") if tracked else contextlib.nullcontext() as curves:
         found = confounder.train_confounder(
             data.images,
             data.labels,

@@ -50,7 +50,7 @@ def train_deconfounded(
     data = load(dataset, params)
     found, views = _stage_one(confounder, data, params=params)
     place = checkpoint_folder(checkpoints, data.info, params, "deconfounded")
-    with live_curves(*tracked, "train_deconfounded", params) if tracked else contextlib.nullcontext() as curves:
+    with live_curves(*tracked, "train_deconfounded", params, section="deconfounded") if tracked else contextlib.nullcontext() as curves:
         trained = train(
             data.images,
             data.labels,

@@ -85,11 +85,14 @@ def teller(step: str, curves: "LiveCurves | None" = None, *, what: str = "") -> 
 
 
 @contextmanager
-def live_curves(workspace: str, run_id: str, step: str, params: Params | None = None) -> Iterator["LiveCurves"]:
-    """Curves of a step in the run's MLflow record, under `<step>.`, with the parameters it was given."""
+def live_curves(workspace: str, run_id: str, step: str, params: Params | None = None, *, section: str = "") -> Iterator["LiveCurves"]:
+    """Curves of a step in the run's MLflow record, under `<step>.`, with the parameters it was given: `section` beside what all share.
+
+    Other sections hold defaults in a step that is not told them; logged, they would be wrong, and MLflow takes no second value.
+    """
     from components.tracking import LiveCurves
 
-    told = params.model_dump(mode="json", include={"seed", "preset", "model", "confounder", "deconfounded"}) if params else None
+    told = params.model_dump(mode="json", include={"seed", "preset", "model", section}) if params else None
     with LiveCurves(Path(workspace), run_id, prefix=f"{step}.", params=told) as curves:
         yield curves
 

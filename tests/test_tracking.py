@@ -17,6 +17,7 @@ from cbd.errors import ConfigError, EnvironmentFault
 from components.tracking import LiveCurves, check_reachable, close_run, log_run, open_run, tracking_uri
 from components.tracking_runs import flatten
 from components.tracking_store import client, make_store, shown
+from components.training import live_curves, training_params
 
 
 @pytest.fixture
@@ -166,6 +167,16 @@ def test_curves_are_seen_while_training_goes_on(workspace: Path) -> None:
     with client(workspace) as mlflow:
         run = mlflow.get_run(open_run(workspace, "run-1"))
     assert run.data.params == {"steps": "3"} and run.data.tags["cbd.revision"] == "abc" and set(run.data.metrics) == {"confounder.loss"}
+
+
+def test_a_training_logs_the_parameters_that_it_was_told_and_no_defaults_of_others(workspace: Path) -> None:
+    for section, told in (("confounder", {"steps": 5}), ("deconfounded", {"epochs": 16})):
+        params = training_params(0, "cbd", {}, **{section: told})
+        with live_curves(str(workspace), "run-1", f"train_{section}", params, section=section):
+            pass
+    with client(workspace) as mlflow:
+        logged = mlflow.get_run(open_run(workspace, "run-1")).data.params
+    assert (logged["confounder.steps"], logged["deconfounded.epochs"], logged["seed"]) == ("5", "16", "0")
 
 
 def test_a_failing_server_is_told_and_harms_nothing(
