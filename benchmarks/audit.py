@@ -24,9 +24,10 @@ sys.path.insert(0, str(ROOT))
 from cbd.audit import append  # noqa: E402
 from cbd.bundle import CARD, WEIGHTS, BundleCard, bundle_digest  # noqa: E402
 from cbd.config import Gate, canonical_json, section_digest  # noqa: E402
+from cbd.decision import SCHEMA_VERSION  # noqa: E402
 from cbd.files import sha256_file, write_json  # noqa: E402
 from components.anchors import close_log  # noqa: E402
-from components.decision import SCHEMA_VERSION, write_decision  # noqa: E402
+from components.decision import write_decision  # noqa: E402
 from components.git import git  # noqa: E402
 from components.inventory import seal  # noqa: E402
 from components.records import read_records  # noqa: E402

@@ -3,6 +3,7 @@
 .venv/bin/python benchmarks/control_map.py
 """
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def render(values: dict[str, Any]) -> str:
 
 def main() -> None:
     """Writes the page."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     (DOCS / "control-map.md").write_text(render(yaml.safe_load((DOCS / "control-map.yaml").read_text())))
 
 
