@@ -6,11 +6,10 @@ is measured, SLSA Verification Summary v1 for what is decided. Envelopes follow 
 
 import base64
 import binascii
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cbd.config import canonical_json
+from cbd.config import canonical_json, parse_canonical
 from cbd.errors import DataError
 from cbd.keys import PrivateKey, PublicKey, key_id
 
@@ -153,13 +152,9 @@ def _canonical(data: bytes, told: str) -> dict[str, Any]:
     if len(data) > MAX_BYTES:
         raise DataError(f"{told}: {len(data)} bytes; expected at most {MAX_BYTES}, restore it")
     try:
-        values = json.loads(data)
-        same = canonical_json(values) == data
-    except (ValueError, RecursionError):
-        raise DataError(f"{told}: expected JSON, found something else; restore it") from None
-    if not same or not isinstance(values, dict):
-        raise DataError(f"{told}: expected an object in canonical JSON, found another form of it; restore it")
-    return values
+        return parse_canonical(data)
+    except ValueError as error:
+        raise DataError(f"{told}: {error}; restore it") from None
 
 
 def _decode(text: Any, told: str) -> bytes:

@@ -209,9 +209,14 @@ def key_after(entry: Entry, current: PublicKey | None) -> PublicKey | None:
     return after
 
 
-def now() -> str:
-    """The time, in UTC, as in entries."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def now(timespec: str = "milliseconds") -> str:
+    """The time, as `utc` gives it."""
+    return utc(datetime.now(UTC), timespec)
+
+
+def utc(time: datetime, timespec: str = "milliseconds") -> str:
+    """A time with a time zone as RFC 3339 has it, in UTC, to the millisecond as in entries or to another `timespec` of `isoformat`."""
+    return time.astimezone(UTC).isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
 def _finish_rotation(workspace: Path, last: Entry | None) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,5 +81,9 @@ def check_weights(bundle: Path) -> None:
 
 def bundle_digest(bundle: Path) -> str:
     """SHA-256 (hex) over the canonical JSON of {file name: SHA-256} for the bundle's two files."""
-    files = {name: sha256_file(bundle / name) for name in (WEIGHTS, CARD)}
-    return hashlib.sha256(canonical_json(files)).hexdigest()
+    return digest_of_files({name: sha256_file(bundle / name) for name in (WEIGHTS, CARD)})
+
+
+def digest_of_files(files: Mapping[str, str]) -> str:
+    """The digest of a bundle whose files have these SHA-256."""
+    return hashlib.sha256(canonical_json(dict(files))).hexdigest()

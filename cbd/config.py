@@ -310,6 +310,23 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
+def parse_canonical(data: bytes) -> dict[str, Any]:
+    """The object whose canonical JSON these bytes are; any others raise ValueError, which says what was expected."""
+    try:
+        value = json.loads(data)
+        same = canonical_json(value) == data
+    except (ValueError, RecursionError):
+        raise ValueError("expected JSON, found something else") from None
+    if not same or not isinstance(value, dict):
+        raise ValueError("expected an object in canonical JSON, found another form of it")
+    return value
+
+
+def description_digest(values: dict[str, Any]) -> str:
+    """SHA-256 (hex) of the canonical JSON of what describes a data set, but for its own `digest`."""
+    return hashlib.sha256(canonical_json({key: value for key, value in values.items() if key != "digest"})).hexdigest()
+
+
 def _overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():

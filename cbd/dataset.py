@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cbd.config import canonical_json
+from cbd.config import description_digest
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file, write_json
 from cbd.images import Glance, decode, glance, looks_of, pixel_digest, resize
@@ -154,7 +154,7 @@ def write_dataset(
             "trial": trial,
             "shards": {path.name: sha256_file(path) for path in sorted(temporary.glob("shard-*.parquet"))},
         }
-        values["digest"] = _digest(values)
+        values["digest"] = description_digest(values)
         write_json(temporary / INFO, values)
     return DatasetInfo.model_validate(values)
 
@@ -173,7 +173,7 @@ def read_info(folder: Path) -> DatasetInfo:
         info = DatasetInfo.model_validate(values)
     except (ValidationError, ValueError) as error:
         raise DataError(f"{path}: malformed: {str(error).splitlines()[0]}; take the delivery in again") from None
-    if (found := _digest(values)) != info.digest:
+    if (found := description_digest(values)) != info.digest:
         raise DataError(f"{path}: altered: its content has digest {found[:12]}, it claims {info.digest[:12]}; restore the data set")
     return info
 
@@ -261,7 +261,3 @@ def _batch(rows: list[Row], plain: pa.Schema) -> pa.RecordBatch:
     )
     values["num_bytes"] = [len(item) for item in data]
     return pa.RecordBatch.from_arrays([pa.array(values[field.name], field.type) for field in plain], schema=plain)
-
-
-def _digest(values: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical_json({key: value for key, value in values.items() if key != "digest"})).hexdigest()

@@ -15,7 +15,7 @@ from typing import Any
 from cbd.attest import MAX_BYTES, Statement, digests_in, unseal
 from cbd.bundle import CARD
 from cbd.chain import BOM, check_chain, match, read_chain, steps_of
-from cbd.config import canonical_json
+from cbd.config import canonical_json, description_digest
 from cbd.decision import DECISION, SignedDecision, open_decision
 from cbd.errors import DataError
 from cbd.files import sha256_file
@@ -150,7 +150,7 @@ def _description_digest(path: Path) -> str | None:
     """The digest that a data set's description has and claims; None where the two differ."""
     try:
         values = json.loads(path.read_bytes())
-        digest = sha256(canonical_json({key: value for key, value in values.items() if key != "digest"})).hexdigest()
+        digest = description_digest(values)
     except (ValueError, RecursionError, AttributeError):
         return None
     return digest if values.get("digest") == digest else None

@@ -3,14 +3,13 @@
 A head that is kept where the log's owner cannot change it shows a log that was cut, forked or rewritten since.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cbd.audit import LOG, Entry, Line, last_entry, now, walk_lines
-from cbd.config import canonical_json
+from cbd.config import canonical_json, parse_canonical
 from cbd.errors import DataError
 from cbd.files import disk_fault, locked
 from cbd.keys import PublicKey, key_id, load_public_key, sign, verify
@@ -121,13 +120,13 @@ def read_heads(path: Path) -> list[Head]:
 def parse_head(text: bytes, *, told: str) -> Head:
     """The head in its canonical JSON; raises DataError, which names it as `told`."""
     try:
-        head = json.loads(text)
-        same = isinstance(head, dict) and set(head) == set(_FIELDS) and canonical_json(head) == text
-    except (ValueError, RecursionError):
-        same = False
-    if not same or not all(type(head[name]) is kind for name, kind in _FIELDS.items()) or head["schema_version"] != 1 or head["size"] < 1:
+        head = parse_canonical(text)
+    except ValueError:
+        head = {}
+    typed = set(head) == set(_FIELDS) and all(type(head[name]) is kind for name, kind in _FIELDS.items())
+    if not typed or head["schema_version"] != 1 or head["size"] < 1:
         raise DataError(f"{told}: is no head: it was edited; restore it from a copy")
-    return dict(head)
+    return head
 
 
 def is_by(head: Head, key: PublicKey) -> bool:

@@ -1,11 +1,10 @@
 """A slice of the log: the lines about one run, each with a proof that it stands in the tree under one signed head."""
 
-import json
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from cbd.audit import Entry, parse_line
-from cbd.config import canonical_json
+from cbd.config import canonical_json, parse_canonical
 from cbd.decision import SignedDecision
 from cbd.errors import DataError
 from cbd.heads import Head, is_by, parse_head
@@ -96,11 +95,10 @@ def _tell(move: Entry) -> str:
 
 def _parse(data: bytes, told: str) -> tuple[Head, list[dict[str, Any]]]:
     try:
-        values = json.loads(data)
-        same = canonical_json(values) == data and set(values) == {"schema_version", "head", "lines"} and values["schema_version"] == 1
-    except (ValueError, RecursionError, TypeError):
-        same = False
-    if not same or not isinstance(values["lines"], list):
+        values = parse_canonical(data)
+    except ValueError:
+        values = {}
+    if set(values) != {"schema_version", "head", "lines"} or values["schema_version"] != 1 or not isinstance(values["lines"], list):
         raise DataError(f"{told}: expected a slice of a log in canonical JSON, found something else; export the run again")
     return parse_head(canonical_json(values["head"]), told=f"{told}: head"), values["lines"]
 

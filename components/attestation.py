@@ -5,12 +5,12 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from cbd import attest
+from cbd.audit import now
 from cbd.bundle import bundle_digest, read_card
 from cbd.chain import BOM
 from cbd.config import Gate, canonical_json, check_section, section_digest
@@ -138,8 +138,7 @@ def _attest_measured(
 
 def _about(records: str) -> dict[str, str]:
     """Run id and time."""
-    now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    return {"run_id": Path(records).resolve().parent.name, "finished": now}
+    return {"run_id": Path(records).resolve().parent.name, "finished": now("seconds")}
 
 
 def _write(records: str, step: str, workspace: str, statement: attest.Statement) -> str:

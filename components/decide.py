@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from kfp.dsl import Artifact, Input, Output
 
+from cbd.audit import now
 from cbd.bundle import bundle_digest, read_card
 from cbd.config import Gate, check_section, section_digest
 from cbd.dataset import DatasetInfo, read_info, verify_dataset
@@ -82,7 +82,8 @@ def weigh(subject: Subject, *, policy: Gate, workspace: Path, run_id: str, attem
         _check_about(canary, ("trusted",), digests, told=f"{CANARY}: measured", fix="run the pipeline again")
     attempt = attempt or _attempt(subject, digests, policy, workspace)
     judgement = judge(evaluation, validation, policy=policy, trial=trial, canary=canary, scan=scan, attempt=attempt["number"])
-    decision = {"schema_version": SCHEMA_VERSION, "run_id": run_id, "created": _now(), **judgement, "trial": trial, "digests": digests}
+    about = {"schema_version": SCHEMA_VERSION, "run_id": run_id, "created": now("seconds")}
+    decision = {**about, **judgement, "trial": trial, "digests": digests}
     return decision | {"policy": policy.model_dump(mode="json"), "policy_sha256": section_digest(policy), "attempt": attempt}
 
 
@@ -130,10 +131,6 @@ def _check_subject(evaluation: dict[str, Any], subject: Subject, info: DatasetIn
     if list(card.class_names) != evaluation.get("class_names"):
         raise DataError("evaluation.json: class_names are not the model's; evaluate the model again")
     return card.trial
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 @kfp_component

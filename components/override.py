@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from cbd.audit import append, now
+from cbd.audit import append, now, utc
 from cbd.errors import ConfigError, DataError
 from components.anchors import close_log
 from components.decision import check_latest, read_decision
@@ -60,8 +60,8 @@ def override(run_id: str, workspace: Path, *, reason: str, by: str, expires: dat
 
 def _until(expires: datetime) -> str:
     """The date as entries have it; raises ConfigError unless it lies ahead, and not too far."""
-    until = expires.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    latest = (datetime.now(UTC) + timedelta(days=MAX_DAYS)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    until = utc(expires)
+    latest = utc(datetime.now(UTC) + timedelta(days=MAX_DAYS))
     if not now() < until <= latest:
         raise ConfigError(f"--expires {until}: expected a date within the next {MAX_DAYS} days, such as {latest[:10]}")
     return until

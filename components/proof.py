@@ -1,13 +1,12 @@
 """Proofs for somebody who does not get the log: that it has certain lines, and that it only grew since an earlier head (RFC 6962)."""
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cbd.audit import ROTATE, Entry, key_after
-from cbd.config import canonical_json
+from cbd.config import canonical_json, parse_canonical
 from cbd.errors import DataError
 from cbd.heads import HEADS, Head, is_by, parse_head, read_heads, walk
 from cbd.keys import PublicKey, key_id, verify
@@ -127,18 +126,17 @@ def _handed_over(path: Path, entry: Entry, keys: Sequence[PublicKey]) -> list[Pu
 def _read(path: Path) -> dict[str, Any]:
     """The proof in a file, which must be canonical JSON."""
     try:
-        data = path.read_bytes()
-        proof = json.loads(data)
-        same = isinstance(proof, dict) and set(proof) == _KEYS and canonical_json(proof) == data and proof["schema_version"] == 1
+        proof = parse_canonical(path.read_bytes())
+        same = set(proof) == _KEYS and proof["schema_version"] == 1
     except FileNotFoundError:
         raise DataError(f"{path}: no such proof; make one with: cbd audit prove RUN --out FILE") from None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         same = False
     if not same:
         raise DataError(f"{path}: is no proof: it was edited, or is none that `cbd audit prove` wrote")
     for name in ("head", "earlier"):
         parse_head(canonical_json(proof[name]), told=f"{path}: {name}")
-    return dict(proof)
+    return proof
 
 
 def _nodes(path: Path, nodes: Any) -> list[bytes]:

@@ -4,7 +4,6 @@ Each run adds one Parquet file; nothing is taken out again. What people decide a
 counts, about a file as about its pixels.
 """
 
-import datetime
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cbd.audit import append
+from cbd.audit import append, now
 from cbd.config import Ingest
 from cbd.dataset import read_info, read_samples
 from cbd.errors import DataError
@@ -103,7 +102,7 @@ def keep(refused: Path, workspace: Path, *, run_id: str, supplier: str, model: s
         model: full name of the model that the run is about.
     """
     known = {(row["id"], row["label_name"]) for row in _rows(workspace, ["id", "label_name", "run_id"]) if row["run_id"] != run_id}
-    about = {"supplier": supplier, "first_seen": _now(), "run_id": run_id, "model": model}
+    about = {"supplier": supplier, "first_seen": now("seconds"), "run_id": run_id, "model": model}
 
     def rows() -> Iterator[dict[str, Any]]:
         for row in _read(refused, None):
@@ -128,7 +127,7 @@ def send(dataset: Path, sample_ids: Sequence[str], workspace: Path, *, run_id: s
         for row in read_samples(dataset, wanted):
             found[row["sample_id"]] = row["pixel_digest"]
             if row["sample_id"] not in known:
-                about = {"id": row["sample_id"], "supplier": row["source"], "first_seen": _now(), "run_id": run_id, "model": model}
+                about = {"id": row["sample_id"], "supplier": row["source"], "first_seen": now("seconds"), "run_id": run_id, "model": model}
                 about |= {"original_path": row["original_path"], "label_name": names[row["label"]], "num_bytes": row["num_bytes"]}
                 yield about | {"reason": REJECTED, "detail": "was accepted once", "image": row["image"]["bytes"]}
 
@@ -266,7 +265,3 @@ def _write(path: Path, rows: Iterator[dict[str, Any]]) -> int:
 
 def _digest(*parts: Any) -> str:
     return hashlib.sha256("\0".join(map(str, parts)).encode(errors="surrogatepass")).hexdigest()
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

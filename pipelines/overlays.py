@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from kfp import dsl
 
+from cbd.keys import ENVIRONMENT
 from components.attestation import IMAGE as IMAGE_VARIABLE
 from components.records import IMAGE
 
@@ -102,7 +103,7 @@ def retried(task: dsl.PipelineTask) -> dsl.PipelineTask:
 def _on_cluster(task: dsl.PipelineTask, needs: Needs) -> None:
     from kfp import kubernetes
 
-    task.set_env_variable(IMAGE_VARIABLE, IMAGE).set_env_variable("CBD_SIGNING_KEY", SIGNING_KEY)
+    task.set_env_variable(IMAGE_VARIABLE, IMAGE).set_env_variable(ENVIRONMENT, SIGNING_KEY)
     kubernetes.set_timeout(task, needs.timeout_seconds)
     kubernetes.set_security_context(task, run_as_non_root=True)
     kubernetes.mount_pvc(task, "cbd-workspace", WORKSPACE)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cbd.config import Params
 from cbd.errors import CbdError, ConfigError, EnvironmentFault
+from pipelines import overlays
 from pipelines.compile import check_image, compile_pipeline
 from pipelines.kubeflow import asked, connect, created, experiment_of, link_to, named
 from pipelines.launch import NAME, Order, check_names, pipeline_arguments
@@ -24,8 +25,7 @@ from pipelines.progress import printable
 if TYPE_CHECKING:
     from kfp import Client
 
-WORKSPACE = Path("/workspace")
-"""Where the overlays mount the claim `cbd-workspace`."""
+WORKSPACE = Path(overlays.WORKSPACE)
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 POLL_SECONDS = 15.0
 PATIENCE = 20
