@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from kfp import dsl
+from kfp.dsl.structures import ResourceSpec
 
 from cbd.keys import ENVIRONMENT
 from components.attestation import IMAGE as IMAGE_VARIABLE
@@ -79,12 +80,13 @@ def chosen(overlay: Overlay | None) -> Iterator[None]:
 
 
 def place(task: dsl.PipelineTask, needs: Needs) -> dsl.PipelineTask:
-    """The task, which gets what it needs; nothing is cached."""
+    """The task, which gets what it needs; nothing is cached.
+
+    Resources are set as one: each of KFP's setters reads the source of the whole call stack for its error message, 30 ms a call.
+    """
     task.set_caching_options(False)
-    task.set_cpu_request(needs.cpu[0]).set_cpu_limit(needs.cpu[1])
-    task.set_memory_request(needs.memory[0]).set_memory_limit(needs.memory[1])
-    if needs.gpus:
-        task.set_accelerator_type(GPU_RESOURCE).set_accelerator_limit(needs.gpus)
+    gpu = (GPU_RESOURCE, str(needs.gpus)) if needs.gpus else (None, None)
+    task.container_spec.resources = ResourceSpec(*needs.cpu, *needs.memory, *gpu)
     if overlay := _CHOSEN.get():
         _on_cluster(task, needs)
         if needs.gpus:
@@ -103,7 +105,7 @@ def retried(task: dsl.PipelineTask) -> dsl.PipelineTask:
 def _on_cluster(task: dsl.PipelineTask, needs: Needs) -> None:
     from kfp import kubernetes
 
-    task.set_env_variable(IMAGE_VARIABLE, IMAGE).set_env_variable(ENVIRONMENT, SIGNING_KEY)
+    task.container_spec.env = {IMAGE_VARIABLE: IMAGE, ENVIRONMENT: SIGNING_KEY}
     kubernetes.set_timeout(task, needs.timeout_seconds)
     kubernetes.set_security_context(task, run_as_non_root=True)
     kubernetes.mount_pvc(task, "cbd-workspace", WORKSPACE)
