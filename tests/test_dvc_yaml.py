@@ -24,7 +24,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("dvc.yaml", ".dvcignore", "params.yaml", ".gitignore"):
         shutil.copy(PROJECT / name, folder / name)
     params = yaml.safe_load((folder / "params.yaml").read_text())
-    params["confounder"] |= {"steps": 20}
+    params["model"] |= {"image_size": 16}
+    params["confounder"] |= {"steps": 20, "max_epochs": 2, "until_slow": False}
     params["deconfounded"] |= {"epochs": 1}
     params["gate"] |= {"null_members": 2}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
