@@ -18,6 +18,8 @@ from components.anchors import BUCKET, TAG, close_log, read_anchors, told
 from components.git import ORIGIN, git
 from components.inventory import INVENTORY, check_inventory, take_inventory
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:

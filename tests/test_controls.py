@@ -32,7 +32,7 @@ from components.train_deconfounded import train_deconfounded
 from components.version import version_control
 from pipelines.cli import cbd
 
-pytestmark = pytest.mark.usefixtures("torch_one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("torch_one_thread")]
 Make = Callable[..., dict[str, Any]]
 CLASSES = ("ant", "bee", "cow")
 SECTIONS: dict[str, Any] = {"model": {"image_size": 16}, "confounder": {"steps": 2}, "deconfounded": {"epochs": 1}}

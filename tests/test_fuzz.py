@@ -20,6 +20,8 @@ from cbd.errors import DataError
 from cbd.images import Refused, decode
 from components.delivery import read_delivery
 
+pytestmark = pytest.mark.slow
+
 CORPUS = sorted((Path(__file__).parent / "corpus").iterdir())
 fuzz = settings(
     database=None,

@@ -24,6 +24,8 @@ from components.registry import find, store
 from components.tracking import registered_name
 from pipelines import cli
 
+pytestmark = pytest.mark.slow
+
 COUNTS = {"ant": 4, "bee": 4}
 NAME = registered_name("model", ["ant", "bee"])
 

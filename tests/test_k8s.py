@@ -29,7 +29,10 @@ NEEDS_TOKEN = {("cbd", "cbd-runs")}
 Object = dict[str, Any]
 Manifests = list[Object]
 
-pytestmark = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed; it renders the overlays")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed; it renders the overlays"),
+]
 
 
 @functools.cache

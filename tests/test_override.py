@@ -23,6 +23,8 @@ from components.tracking import champion_bundle, drop_alias, fetch_model, find_a
 from components.tracking_store import client
 from components.verification import verify_all
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., dict[str, Any]]
 CLASSES = ["ant", "bee", "cat", "dog"]
 NAME = registered_name("model", CLASSES)

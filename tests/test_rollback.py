@@ -21,6 +21,8 @@ from components.rollback import rollback
 from components.tracking import champion_bundle, drop_alias, fetch_model, find_aliases, registered_name
 from components.tracking_store import client
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., dict[str, Any]]
 CLASSES = ["ant", "bee", "cat", "dog"]
 NAME = registered_name("model", CLASSES)

@@ -23,6 +23,8 @@ from components.delivery import read_delivery
 from components.ingest import ingest
 from components.object_store import open_store
 
+pytestmark = pytest.mark.slow
+
 REAL = os.environ.get("CBD_TEST_S3_ENDPOINT")
 
 

@@ -16,6 +16,8 @@ from pipelines.launch import Order
 from pipelines.options import load
 from pipelines.submit import Cluster
 
+pytestmark = pytest.mark.slow
+
 IMAGE = "registry.example/cbd@sha256:" + "0123456789abcdef" * 4
 ORDER = Order("s3://bucket/delivery", "s3://bucket/trusted", Path("/workspace"))
 GIVEN = ("--data", ORDER.data, "--trusted", ORDER.trusted, "--image", IMAGE, "--overlay", "gke")

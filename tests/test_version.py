@@ -29,6 +29,8 @@ from components.registry import fetch, find, store, versions
 from components.suspect_list import read_suspects
 from components.version import version, version_canary, version_control, version_suspects, version_trusted_set
 
+pytestmark = pytest.mark.slow
+
 
 def make(folder: Path, first: int = 0) -> Path:
     rows = [make_row(png(first + i), label=i % 2, original_path=f"{i}.png", source="acme") for i in range(6)]
