@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cbd.audit import LOG
 from cbd.config import canonical_json
 from cbd.errors import ConfigError, DataError
 from cbd.files import disk_fault, locked
-from cbd.heads import HEADS, Head, parse_head, read_heads, sign_head
+from cbd.heads import Head, parse_head, read_heads, sign_head
+from cbd.log_store import open_log
 from components.git import git, origin
 from components.tracking_store import sqlite_file, tracking_uri
 
@@ -67,9 +67,10 @@ def read_anchors(workspace: Path) -> Iterator[tuple[str, list[Head]]]:
         DataError: what is kept in a place is no head, or the origin's heads are of another history.
         EnvironmentFault: the origin is out of reach.
     """
-    yield str(workspace / HEADS), read_heads(workspace / HEADS)
+    log = open_log(workspace)
+    yield log.heads_told, read_heads(log)
     registry = workspace / "registry"
-    if (registry / ".git").is_dir() and (workspace / LOG).is_file():
+    if (registry / ".git").is_dir() and log.exists():
         place, ref = f"git notes of {registry}", _notes_ref(workspace)
         with _registry_lock(workspace):
             _follow(registry, ref)
@@ -81,7 +82,7 @@ def read_anchors(workspace: Path) -> Iterator[tuple[str, list[Head]]]:
     if (file := sqlite_file(tracking_uri(workspace))) and file.is_file():
         place = f"tags of the runs in {file}"
         yield place, [parse_head(text.encode(), told=place) for text in _tags(file)]
-    if (workspace / LOG).is_file() and (bucket := _bucket(workspace)):
+    if log.exists() and (bucket := _bucket(workspace)):
         found = bucket.read_versions()
         yield bucket.told, [parse_head(data, told=f"{bucket.told}: {path}") for path in sorted(found) for data in found[path]]
 
@@ -113,11 +114,11 @@ def _notes_ref(workspace: Path) -> str:
 
 def _log_id(workspace: Path) -> str:
     """Tells this log from others: the first 12 digits of its first line's hash."""
-    with (workspace / LOG).open("rb") as file:
-        try:
-            return str(json.loads(file.readline())["hash"][:12])
-        except (ValueError, LookupError, TypeError):
-            raise DataError(f"{workspace / LOG}: line 1 is no log entry: it was edited; restore the log from a copy") from None
+    log = open_log(workspace)
+    try:
+        return str(json.loads(next(log.lines(), b""))["hash"][:12])
+    except (ValueError, LookupError, TypeError):
+        raise DataError(f"{log}: line 1 is no log entry: it was edited; restore the log from a copy") from None
 
 
 def _follow(registry: Path, ref: str) -> None:

@@ -1,5 +1,6 @@
 """The keys of a workspace: which one signs, which ones did, and which public keys of others are trusted."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cbd.keys import (
     read_public_key,
     write_public_key,
 )
+from cbd.log_store import ENVIRONMENT as LOG_ADDRESS
 from components.anchors import close_log
 
 TRUSTED = "trusted"
@@ -34,11 +36,13 @@ def rotate_key(workspace: Path, *, to: Path | None, reason: str, by: str) -> dic
         by: who decides.
 
     Raises:
-        ConfigError: no reason is given.
+        ConfigError: no reason is given, or no key for a log that several workspaces write.
         DataError: the log was altered, or the new key signed here already.
     """
     if not reason.strip():
         raise ConfigError("--reason: expected why, found nothing; it stands in the audit log")
+    if to is None and os.environ.get(LOG_ADDRESS):
+        raise ConfigError("--to: expected the new key, found none; a log that many write is signed by a key outside their workspaces")
     known = {row["key_id"] for row in list_keys(workspace)}
     new = read_private_key(to) if to else generate_key()
     if (found := key_id(new.public_key())) in known:
