@@ -4,6 +4,7 @@ A head that is kept where the log's owner cannot change it shows a log that was 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,11 @@ def parse_head(text: bytes, *, told: str) -> Head:
     if not typed or head["schema_version"] != 1 or head["size"] < 1:
         raise DataError(f"{told}: is no head: it was edited; restore it from a copy")
     return head
+
+
+def head_name(head: Head) -> str:
+    """What an object that holds the head is called; names sort by size."""
+    return f"{head['size']:012d}-{sha256(canonical_json(head)).hexdigest()[:12]}.json"
 
 
 def is_by(head: Head, key: PublicKey) -> bool:

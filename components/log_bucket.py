@@ -1,4 +1,4 @@
-"""The log in a bucket: `lines/<number>.json`, an object for every line, and `heads/`, one for every head.
+"""The log in a bucket: `lines/<number>.json`, an object for every line, `heads/`, one for every head, and the empty `probe`.
 
 A line is put only where there is none of its number (`If-None-Match: *`), and is there whole or not at all. So writers on many machines
 need no lock: the slower of two looks at the new end and tries again.
@@ -6,7 +6,6 @@ need no lock: the slower of two looks at the new end and tries again.
 
 import contextlib
 import functools
-import hashlib
 import os
 import tempfile
 import threading
@@ -15,6 +14,7 @@ from typing import Any
 
 from cbd.config import canonical_json
 from cbd.errors import ConfigError, DataError
+from cbd.heads import head_name
 from cbd.keys import ENVIRONMENT as SIGNING_KEY
 from cbd.log_store import ENVIRONMENT
 from components.object_store import Store, StoredObject, open_store, read_ahead
@@ -37,6 +37,7 @@ class BucketLog:
         self._copy = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this)
         self._copied: list[StoredObject] = []
         self._copying = threading.Lock()
+        self._root, self._is_checked = open_store(place, told=self._told), False
 
     def __str__(self) -> str:
         return self._told
@@ -53,9 +54,13 @@ class BucketLog:
 
         Raises:
             ConfigError: no signing key is named, and each workspace would make a key of its own.
+            EnvironmentFault: the bucket is out of reach, or its server ignores conditions.
         """
         if not os.environ.get(SIGNING_KEY):
             raise ConfigError(f"{SIGNING_KEY} is not set, but a log that many write needs one key for all; see docs/audit.md")
+        if not self._is_checked:
+            self._root.check_conditions("probe")
+            self._is_checked = True
         yield _BucketEnd(self, self._lines)
 
     def heads(self, *, newest: bool = False) -> list[tuple[str, bytes]]:
@@ -67,8 +72,7 @@ class BucketLog:
         return [(f"{self.heads_told}: {name}", data) for name in sorted(found) for data in found[name]]
 
     def add_head(self, head: dict[str, Any]) -> None:
-        data = canonical_json(head)
-        self._heads.put_once(head_name(head["size"], data), data)
+        self._heads.put_once(head_name(head), canonical_json(head))
 
     def copied(self, listed: Sequence[StoredObject]) -> Iterator[bytes]:
         """The lines in these objects, which are those of the log from the first on.
@@ -122,8 +126,3 @@ class _BucketEnd:
 def line_name(number: int) -> str:
     """The object of a line, counted from 1 on; names sort as numbers do."""
     return f"{number:012d}.json"
-
-
-def head_name(size: int, data: bytes) -> str:
-    """The object of a head over so many lines."""
-    return f"{size:012d}-{hashlib.sha256(data).hexdigest()[:12]}.json"

@@ -112,17 +112,34 @@ class Store:
         Raises:
             EnvironmentFault: the store is out of reach, or refuses.
         """
+        if self._put_new(path, data):
+            return True
+        with _faults(self, path):
+            return bool(self.client.get_object(**self._place(path))["Body"].read() == data)
+
+    def check_conditions(self, path: str) -> None:
+        """Raises EnvironmentFault if the server puts over what is there although it is told not to, which some do in a versioned bucket."""
+        if self._put_new(path, b"") and self._put_new(path, b""):
+            raise EnvironmentFault(
+                f"{self.told}: the object store ignores `If-None-Match: *` in bucket {self.bucket!r}, and two writers would replace each "
+                "other's objects; use a bucket without versioning and object lock, or a server that knows conditional writes there"
+            )
+
+    def _put_new(self, path: str, data: bytes) -> bool:
+        """Writes an object unless there is one of that name, and says whether it did."""
         from botocore.exceptions import ClientError
 
-        place = {"Bucket": self.bucket, "Key": f"{self.prefix}/{path}" if self.prefix else path}
         with _faults(self, path):
             try:
-                self.client.put_object(**place, Body=data, IfNoneMatch="*")
+                self.client.put_object(**self._place(path), Body=data, IfNoneMatch="*")
             except ClientError as error:
                 if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") not in (409, 412):
                     raise
-                return bool(self.client.get_object(**place)["Body"].read() == data)
+                return False
         return True
+
+    def _place(self, path: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": f"{self.prefix}/{path}" if self.prefix else path}
 
     def read_versions(self) -> Mapping[str, Sequence[bytes]]:
         """By path below the prefix, the bytes of every version of every object; also of those that a delete marker hides.
