@@ -196,10 +196,18 @@ def key_after(entry: Entry, current: PublicKey | None) -> PublicKey | None:
     """What signs after this entry: another key after a rotation; raises ValueError if that hands over from another key than `current`."""
     if current is None or entry["event"] != ROTATE:
         return current
-    before, after = _handed_over(entry)
+    before, after = handed_over(entry)
     if key_id(before) != key_id(current) or entry["data"].get("key_id") != key_id(after):
         raise ValueError("hands over from another key than the one that signed it")
     return after
+
+
+def handed_over(entry: Entry) -> tuple[PublicKey, PublicKey]:
+    """The keys before and after a rotation; raises ValueError if the entry does not hold them."""
+    try:
+        return from_pem(str(entry["data"].get("from")), told="from"), from_pem(str(entry["data"].get("to")), told="to")
+    except DataError as error:
+        raise ValueError(f"is no rotation: {error}") from None
 
 
 def now(timespec: str = "milliseconds") -> str:
@@ -215,7 +223,7 @@ def utc(time: datetime, timespec: str = "milliseconds") -> str:
 def _signs_after(last: Entry, key: PublicKey) -> bool:
     """Whether this key signed the entry, or is the one that it hands over to; raises ValueError if it is no rotation."""
     if last["event"] == ROTATE:
-        return key_id(_handed_over(last)[1]) == key_id(key)
+        return key_id(handed_over(last)[1]) == key_id(key)
     return verify(bytes.fromhex(last["hash"]), last["signature"], key)
 
 
@@ -226,21 +234,13 @@ def _finish_rotation(workspace: Path, last: Entry | None) -> None:
     if last is None or last["event"] != ROTATE or not public.exists():
         following.unlink(missing_ok=True)
         return
-    before, after = _handed_over(last)
+    before, after = handed_over(last)
     if key_id(read_public_key(public)) == key_id(before) and verify(bytes.fromhex(last["hash"]), last["signature"], before):
         write_public_key(public, after)
     if following.exists() and key_id(read_private_key(following).public_key()) == key_id(after):
         os.replace(following, private)
     elif private.exists() and key_id(read_private_key(private).public_key()) == key_id(before):
         private.unlink()
-
-
-def _handed_over(entry: Entry) -> tuple[PublicKey, PublicKey]:
-    """The keys before and after a rotation; raises ValueError if the entry does not hold them."""
-    try:
-        return from_pem(str(entry["data"].get("from")), told="from"), from_pem(str(entry["data"].get("to")), told="to")
-    except DataError as error:
-        raise ValueError(f"is no rotation: {error}") from None
 
 
 def _first_key(log: LogStore, key: PublicKey | None) -> PublicKey | None:
