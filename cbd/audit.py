@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from cbd.config import canonical_json
 from cbd.errors import DataError
-from cbd.files import disk_fault, locked
 from cbd.keys import (
     KEYS,
     PRIVATE,
@@ -32,10 +31,10 @@ from cbd.keys import (
     write_private_key,
     write_public_key,
 )
-from cbd.lines import complete_end, last_line, write_line
+from cbd.log_store import LOG as LOG
+from cbd.log_store import FileLog, LogStore, open_log
 from cbd.merkle import leaf_hash
 
-LOG = "audit.jsonl"
 FIRST = "0" * 64
 """What the first entry names as the hash before it."""
 ROTATE = "rotate"
@@ -76,24 +75,19 @@ def append(workspace: Path, event: str, data: dict[str, Any], *, key: PrivateKey
         DataError: the last entry was edited, or `key` signs here no more.
         EnvironmentFault: the disk is full or the log not writable; the log is as it was.
     """
-    log = workspace / LOG
-    try:
-        workspace.mkdir(parents=True, exist_ok=True)
-        with locked(log) as file:
-            end, torn = complete_end(file)
-            last, signing = last_entry(workspace, file, end)
+    log = open_log(workspace)
+    while True:
+        with log.ending() as end:
+            last, signing = last_entry(workspace, log, end.last)
             if key is not None and key_id(key.public_key()) != key_id(signing.public_key()):
                 raise DataError(f"{log}: key {key_id(key.public_key())[:12]} was rotated away meanwhile and signs no more; run again")
-            if torn:
-                os.ftruncate(file, end)
-                found = {"sha256": hashlib.sha256(torn).hexdigest(), "num_bytes": len(torn), "text": torn[:1000].decode(errors="replace")}
-                last = _seal("torn", found, last, signing)
-                write_line(file, last)
+            if end.torn:
+                found = {"sha256": hashlib.sha256(end.torn).hexdigest(), "num_bytes": len(end.torn)}
+                last = _seal("torn", {**found, "text": end.torn[:1000].decode(errors="replace")}, last, signing)
+                end.add(last)
             entry = _seal(event, data, last, signing)
-            write_line(file, entry)
-            return entry
-    except OSError as error:
-        raise disk_fault(log, error) from None
+            if end.add(entry):
+                return entry
 
 
 def rotate(workspace: Path, new: PrivateKey, data: dict[str, Any], *, own: bool) -> Entry:
@@ -110,22 +104,19 @@ def rotate(workspace: Path, new: PrivateKey, data: dict[str, Any], *, own: bool)
     Raises:
         DataError, EnvironmentFault: as `append`.
     """
-    log, folder = workspace / LOG, workspace / KEYS
-    try:
-        with locked(log) as file:
-            end, torn = complete_end(file)
-            if torn:
+    log, folder = open_log(workspace), workspace / KEYS
+    while True:
+        with log.ending() as end:
+            if end.torn:
                 raise DataError(f"{log}: the last line is torn by a crash; the next run tidies it up, rotate after it")
-            last, signing = last_entry(workspace, file, end)
+            last, signing = last_entry(workspace, log, end.last)
             if own:
                 write_private_key(folder / NEXT, new)
             keys = {"from": to_pem(signing.public_key()), "to": to_pem(new.public_key()), "key_id": key_id(new.public_key())}
             entry = _seal(ROTATE, {**data, **keys}, last, signing)
-            write_line(file, entry)
-            _finish_rotation(workspace, entry)
-            return entry
-    except OSError as error:
-        raise disk_fault(log, error) from None
+            if end.add(entry):
+                _finish_rotation(workspace, entry)
+                return entry
 
 
 def verify_log(log: Path, *, key: PublicKey | None = None) -> list[Entry]:
@@ -140,25 +131,24 @@ def verify_log(log: Path, *, key: PublicKey | None = None) -> list[Entry]:
     Raises:
         DataError: names the first bad line and what is wrong with it.
     """
-    return [line.entry for line in walk_lines(log, key=key)] if log.exists() else []
+    return [line.entry for line in walk_lines(FileLog(log), key=key)] if log.exists() else []
 
 
-def walk_lines(log: Path, *, key: PublicKey | None) -> Iterator[Line]:
+def walk_lines(log: LogStore, *, key: PublicKey | None) -> Iterator[Line]:
     """As `verify_log`, line by line, of which no more than one is held; those before the first bad one were yielded when this raises."""
     previous, current = FIRST, _first_key(log, key)
-    with log.open("rb") as file:
-        for number, text in enumerate(file, 1):
-            try:
-                entry = parse_line(text)
-                if entry["seq"] != number or entry["previous"] != previous:
-                    raise ValueError(f"has number {entry['seq']} and does not follow the line before: entries were removed or reordered")
-                if current is not None and not verify(bytes.fromhex(entry["hash"]), entry["signature"], current):
-                    raise ValueError(f"was not signed by the key of that time, {key_id(current)[:12]}")
-                following = key_after(entry, current)
-            except ValueError as error:
-                raise DataError(f"{log}: line {number} {error}; restore the log from a copy") from None
-            yield Line(entry, leaf_hash(text[:-1]), current, following)
-            previous, current = entry["hash"], following
+    for number, text in enumerate(log.lines(), 1):
+        try:
+            entry = parse_line(text)
+            if entry["seq"] != number or entry["previous"] != previous:
+                raise ValueError(f"has number {entry['seq']} and does not follow the line before: entries were removed or reordered")
+            if current is not None and not verify(bytes.fromhex(entry["hash"]), entry["signature"], current):
+                raise ValueError(f"was not signed by the key of that time, {key_id(current)[:12]}")
+            following = key_after(entry, current)
+        except ValueError as error:
+            raise DataError(f"{log}: line {number} {error}; restore the log from a copy") from None
+        yield Line(entry, leaf_hash(text[:-1]), current, following)
+        previous, current = entry["hash"], following
     if key is not None and current is not None and key_id(current) != key_id(key):
         raise DataError(f"{log}: ends under key {key_id(current)[:12]}, expected {key_id(key)[:12]}; restore the key or the log")
 
@@ -184,29 +174,40 @@ def parse_line(text: bytes) -> Entry:
     return entry
 
 
-def last_entry(workspace: Path, file: int, end: int) -> tuple[Entry | None, PrivateKey]:
-    """The entry that ends at `end` of the log, which is locked, and the key that signs after it.
+def last_entry(workspace: Path, log: LogStore, text: bytes | None) -> tuple[Entry | None, PrivateKey]:
+    """The entry in the last line of the log, and the key that signs after it.
 
     Raises:
-        DataError: it was edited, or the key is missing or another one.
+        DataError: it was edited, the key is missing, or another one signs after it.
     """
-    text = last_line(file, end)
     try:
         last = parse_line(text) if text else None
         _finish_rotation(workspace, last)
+        key = ensure_key(workspace)
+        if last and not _signs_after(last, key.public_key()):
+            told = key_id(key.public_key())[:12]
+            raise DataError(f"{log}: key {told} does not sign after the last line, another did; see which with: cbd keys list")
     except ValueError as error:
-        raise DataError(f"{workspace / LOG}: the last line {error}; restore the log from a copy") from None
-    return last, ensure_key(workspace)
+        raise DataError(f"{log}: the last line {error}; restore the log from a copy") from None
+    return last, key
 
 
 def key_after(entry: Entry, current: PublicKey | None) -> PublicKey | None:
     """What signs after this entry: another key after a rotation; raises ValueError if that hands over from another key than `current`."""
     if current is None or entry["event"] != ROTATE:
         return current
-    before, after = _handed_over(entry)
+    before, after = handed_over(entry)
     if key_id(before) != key_id(current) or entry["data"].get("key_id") != key_id(after):
         raise ValueError("hands over from another key than the one that signed it")
     return after
+
+
+def handed_over(entry: Entry) -> tuple[PublicKey, PublicKey]:
+    """The keys before and after a rotation; raises ValueError if the entry does not hold them."""
+    try:
+        return from_pem(str(entry["data"].get("from")), told="from"), from_pem(str(entry["data"].get("to")), told="to")
+    except DataError as error:
+        raise ValueError(f"is no rotation: {error}") from None
 
 
 def now(timespec: str = "milliseconds") -> str:
@@ -219,6 +220,13 @@ def utc(time: datetime, timespec: str = "milliseconds") -> str:
     return time.astimezone(UTC).isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
+def _signs_after(last: Entry, key: PublicKey) -> bool:
+    """Whether this key signed the entry, or is the one that it hands over to; raises ValueError if it is no rotation."""
+    if last["event"] == ROTATE:
+        return key_id(handed_over(last)[1]) == key_id(key)
+    return verify(bytes.fromhex(last["hash"]), last["signature"], key)
+
+
 def _finish_rotation(workspace: Path, last: Entry | None) -> None:
     """Puts the keys in place that the last entry, if it is a rotation, hands over to: a crash may have come between."""
     folder = workspace / KEYS
@@ -226,7 +234,7 @@ def _finish_rotation(workspace: Path, last: Entry | None) -> None:
     if last is None or last["event"] != ROTATE or not public.exists():
         following.unlink(missing_ok=True)
         return
-    before, after = _handed_over(last)
+    before, after = handed_over(last)
     if key_id(read_public_key(public)) == key_id(before) and verify(bytes.fromhex(last["hash"]), last["signature"], before):
         write_public_key(public, after)
     if following.exists() and key_id(read_private_key(following).public_key()) == key_id(after):
@@ -235,28 +243,19 @@ def _finish_rotation(workspace: Path, last: Entry | None) -> None:
         private.unlink()
 
 
-def _handed_over(entry: Entry) -> tuple[PublicKey, PublicKey]:
-    """The keys before and after a rotation; raises ValueError if the entry does not hold them."""
-    try:
-        return from_pem(str(entry["data"].get("from")), told="from"), from_pem(str(entry["data"].get("to")), told="to")
-    except DataError as error:
-        raise ValueError(f"is no rotation: {error}") from None
-
-
-def _first_key(log: Path, key: PublicKey | None) -> PublicKey | None:
+def _first_key(log: LogStore, key: PublicKey | None) -> PublicKey | None:
     """The key that the log began with: what handed over in the first rotation, or without one the key that signs now."""
     if key is None:
         return None
-    with log.open("rb") as file:
-        for number, text in enumerate(file, 1):
-            if b'"event":"rotate"' not in text:
-                continue
-            try:
-                entry = parse_line(text)
-            except ValueError:
-                return key  # the walk comes to this line and names what is wrong with it
-            if entry["event"] == ROTATE:
-                return from_pem(str(entry["data"].get("from")), told=f"{log}: line {number}")
+    for number, text in enumerate(log.lines(), 1):
+        if b'"event":"rotate"' not in text:
+            continue
+        try:
+            entry = parse_line(text)
+        except ValueError:
+            return key  # the walk comes to this line and names what is wrong with it
+        if entry["event"] == ROTATE:
+            return from_pem(str(entry["data"].get("from")), told=f"{log}: line {number}")
     return key
 
 

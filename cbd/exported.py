@@ -20,7 +20,7 @@ from cbd.decision import DECISION, SignedDecision, open_decision
 from cbd.errors import DataError
 from cbd.files import sha256_file
 from cbd.keys import PublicKey
-from cbd.log_slice import LOG_SLICE, check_slice
+from cbd.log_slice import LOG_SLICE, check_slice, vouched_keys
 from cbd.signed_model import check_model
 
 MANIFEST = "manifest.json"
@@ -45,7 +45,8 @@ def verify_export(folder: Path, keys: Sequence[PublicKey]) -> dict[str, Any]:
 
     Args:
         folder: what `cbd audit export` wrote.
-        keys: who may have signed; they must not come from the folder.
+        keys: who may have signed; they must not come from the folder. A key that signed here before, and handed over to one of these,
+            is believed, too.
 
     Raises:
         DataError: names the first file that is missing, too many, altered, of another run or not signed by a trusted key.
@@ -54,6 +55,7 @@ def verify_export(folder: Path, keys: Sequence[PublicKey]) -> dict[str, Any]:
     manifest = unseal(_read(folder, MANIFEST), keys, told=str(folder / MANIFEST))
     files = _manifest_files(manifest, folder)
     _check_files(folder, found, files)
+    keys = vouched_keys(_read(folder, LOG_SLICE), keys, told=str(folder / LOG_SLICE))
     place = folder / MODEL
     has_model = f"{MODEL}/{CARD}" in files
     signed = check_model(place, keys) if has_model else open_decision(place, keys)

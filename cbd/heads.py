@@ -3,21 +3,19 @@
 A head that is kept where the log's owner cannot change it shows a log that was cut, forked or rewritten since.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from cbd.audit import LOG, Entry, Line, last_entry, now, walk_lines
+from cbd.audit import Entry, Line, last_entry, now, walk_lines
 from cbd.config import canonical_json, parse_canonical
 from cbd.errors import DataError
-from cbd.files import disk_fault, locked
 from cbd.keys import PublicKey, key_id, load_public_key, sign, verify
-from cbd.lines import complete_end, write_line
+from cbd.log_store import HEADS as HEADS
+from cbd.log_store import End, LogStore, open_log
 from cbd.merkle import Growing, leaf_hash
 
-HEADS = "heads.jsonl"
-"""In the workspace, beside the log: one head a line."""
 _FIELDS = {"schema_version": int, "size": int, "root": str, "time": str, "key_id": str, "signature": str}
 
 Head = dict[str, Any]
@@ -35,12 +33,13 @@ def read_log(workspace: Path) -> list[Entry]:
 
 def walk(workspace: Path) -> Iterator[Line]:
     """As `read_log`, line by line; those before the first bad one were yielded when this raises."""
-    log, heads = workspace / LOG, read_heads(workspace / HEADS)
-    if not log.is_file():
+    log = open_log(workspace)
+    heads = read_heads(log, newest=True)
+    if not log.exists():
         if heads:
-            raise DataError(f"{log}: missing, and {HEADS} beside it says that it had {heads[-1]['size']} lines; restore it from a copy")
+            raise DataError(f"{log}: missing, and {log.heads_told} says that it had {heads[-1]['size']} lines; restore it from a copy")
         return
-    matching = Matching((str(workspace / HEADS), head) for head in heads[-1:])
+    matching = Matching((log.heads_told, head) for head in heads)
     for line in walk_lines(log, key=load_public_key(workspace)):
         matching.add(line)
         yield line
@@ -88,33 +87,26 @@ def sign_head(workspace: Path) -> Head:
         DataError: there is no log, or it was cut, forked or rewritten since the head before.
         EnvironmentFault: the disk is full or the heads not writable.
     """
-    log, path = workspace / LOG, workspace / HEADS
-    if not log.is_file():
+    log = open_log(workspace)
+    if not log.exists():
         raise DataError(f"{log}: no log to sign a head of; give the workspace of the runs")
-    try:
-        with locked(log) as file, locked(path) as kept:
-            end, _ = complete_end(file)
-            _, key = last_entry(workspace, file, end)
-            tree = _grow(log, end, read_heads(path)[-1:])
-            head = {"schema_version": 1, "size": tree.size, "root": tree.root().hex(), "time": now(), "key_id": key_id(key.public_key())}
-            head["signature"] = sign(_signed(head), key)
-            os.ftruncate(kept, complete_end(kept)[0])
-            write_line(kept, head)
-            return head
-    except OSError as error:
-        raise disk_fault(path, error) from None
+    before = read_heads(log, newest=True)  # first, so that it is over no more lines than are there afterwards
+    with log.ending() as end:
+        _, key = last_entry(workspace, log, end.last)
+        tree = _grow(log, end, before)
+        head = {"schema_version": 1, "size": tree.size, "root": tree.root().hex(), "time": now(), "key_id": key_id(key.public_key())}
+        head["signature"] = sign(_signed(head), key)
+        log.add_head(head)
+        return head
 
 
-def read_heads(path: Path) -> list[Head]:
-    """The heads in a file, in its order; none without the file. What a crash left of an unfinished line is no head.
+def read_heads(log: LogStore, *, newest: bool = False) -> list[Head]:
+    """The heads that are kept beside a log, oldest first, or the newest alone; none where there are none.
 
     Raises:
-        DataError: a line is no head.
+        DataError: one is no head.
     """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [parse_head(line, told=f"{path}: line {number}") for number, line in enumerate(lines, 1)]
+    return [parse_head(text, told=told) for told, text in log.heads(newest=newest)]
 
 
 def parse_head(text: bytes, *, told: str) -> Head:
@@ -129,22 +121,24 @@ def parse_head(text: bytes, *, told: str) -> Head:
     return head
 
 
+def head_name(head: Head) -> str:
+    """What an object that holds the head is called; names sort by size."""
+    return f"{head['size']:012d}-{sha256(canonical_json(head)).hexdigest()[:12]}.json"
+
+
 def is_by(head: Head, key: PublicKey) -> bool:
     """Whether this key signed the head."""
     return bool(head["key_id"] == key_id(key)) and verify(_signed(head), str(head["signature"]), key)
 
 
-def _grow(log: Path, end: int, before: Sequence[Head]) -> Growing:
-    """The tree over the lines up to byte `end`; raises DataError unless it extends the head before, of which there is one or none."""
-    tree, num_bytes = Growing(), 0
-    with log.open("rb") as lines:
-        while num_bytes < end:
-            line = lines.readline()
-            num_bytes += len(line)
-            tree.add(leaf_hash(line[:-1]))
-            for head in before:
-                if head["size"] == tree.size and head["root"] != tree.root().hex():
-                    raise DataError(f"{log}: is of another history than its head of {head['time']}; restore it from a copy")
+def _grow(log: LogStore, end: End, before: Sequence[Head]) -> Growing:
+    """The tree over the lines up to the end; raises DataError unless it extends the head before, of which there is one or none."""
+    tree = Growing()
+    for line in end.lines():
+        tree.add(leaf_hash(line[:-1]))
+        for head in before:
+            if head["size"] == tree.size and head["root"] != tree.root().hex():
+                raise DataError(f"{log}: is of another history than its head of {head['time']}; restore it from a copy")
     if before and before[0]["size"] > tree.size:
         raise DataError(f"{log}: has {tree.size} lines, its last head is over {before[0]['size']}: it was cut off; restore it from a copy")
     return tree

@@ -12,9 +12,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from cbd.errors import ConfigError, DataError
 from cbd.files import disk_fault, locked, replacing
+from cbd.token_key import SCHEME, open_token_key
 
 ENVIRONMENT = "CBD_SIGNING_KEY"
-"""Path of the private key that signs instead of the one in the workspace."""
+"""What signs instead of the key in the workspace: the path of a private key, or a key in a token (`pkcs11:...`, see `cbd.token_key`)."""
 KEYS = "keys"
 """Folder of the workspace: `signing.pem` (made here: a development key), `signing.pub`, `trusted/<key id>.pub`."""
 PRIVATE, PUBLIC = "signing.pem", "signing.pub"
@@ -24,7 +25,8 @@ PublicKey = ec.EllipticCurvePublicKey
 
 
 def ensure_key(workspace: Path) -> PrivateKey:
-    """The key that signs for this workspace: the file that `CBD_SIGNING_KEY` names, else `keys/signing.pem`, made on first use (0600).
+    """The key that signs for this workspace: what `CBD_SIGNING_KEY` names, a file or a key in a token, else `keys/signing.pem`, which is
+    made on first use (0600).
 
     Its public half lies in `keys/signing.pub` from then on, and another key is refused.
 
@@ -36,17 +38,17 @@ def ensure_key(workspace: Path) -> PrivateKey:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with locked(folder / ".lock"):
-            path = signing_file(workspace)
-            if not path.exists() and is_development(workspace) and not (folder / PUBLIC).exists():
-                write_private_key(path, generate_key())
-            key = read_private_key(path)
+            named, private = signing_reference(workspace), folder / PRIVATE
+            if is_development(workspace) and not private.exists() and not (folder / PUBLIC).exists():
+                write_private_key(private, generate_key())
+            key = open_key(named)
             if not (folder / PUBLIC).exists():
                 write_public_key(folder / PUBLIC, key.public_key())
     except OSError as error:
         raise disk_fault(folder, error) from None
     if key_id(key.public_key()) != key_id(told := read_public_key(folder / PUBLIC)):
         raise DataError(
-            f"{path}: is key {key_id(key.public_key())[:12]}, which does not belong to {PUBLIC} (key {key_id(told)[:12]}) of {workspace}; "
+            f"{named}: is key {key_id(key.public_key())[:12]}, which does not belong to {PUBLIC} (key {key_id(told)[:12]}) of {workspace}; "
             "sign with that one, or change over with: cbd keys rotate"
         )
     return key
@@ -71,13 +73,12 @@ def load_public_key(workspace: Path) -> PublicKey:
 
 def is_development(workspace: Path) -> bool:
     """Whether the workspace signs with a key made by cbd that lies beside the data which it signs."""
-    return signing_file(workspace) == workspace / KEYS / PRIVATE
+    return signing_reference(workspace) == str(workspace / KEYS / PRIVATE)
 
 
-def signing_file(workspace: Path) -> Path:
-    """Where the private key lies that signs for the workspace, or will lie."""
-    named = os.environ.get(ENVIRONMENT)
-    return Path(named) if named else workspace / KEYS / PRIVATE
+def signing_reference(workspace: Path) -> str:
+    """Where the private key lies that signs for the workspace, or will lie; or the reference to a token."""
+    return os.environ.get(ENVIRONMENT) or str(workspace / KEYS / PRIVATE)
 
 
 def key_id(key: PublicKey) -> str:
@@ -104,6 +105,18 @@ def verify(data: bytes, signature: str, key: PublicKey) -> bool:
 def generate_key() -> PrivateKey:
     """A new P-256 key."""
     return ec.generate_private_key(ec.SECP256R1())
+
+
+def open_key(reference: str) -> PrivateKey:
+    """The private key in a PEM file or, for `pkcs11:...`, in a token.
+
+    Raises:
+        DataError: the key is malformed, not P-256, or readable by others.
+        ConfigError: the token does not give it.
+    """
+    if reference.startswith(SCHEME):
+        return open_token_key(reference)
+    return read_private_key(Path(reference))
 
 
 def write_private_key(path: Path, key: PrivateKey) -> None:

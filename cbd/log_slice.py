@@ -1,9 +1,12 @@
-"""A slice of the log: the lines about one run, each with a proof that it stands in the tree under one signed head."""
+"""A slice of the log: the lines about one run, each with a proof that it stands in the tree under one signed head.
+
+Where keys were rotated since, the rotations are in it, proven likewise: the key that signed the head vouches by it for those before it.
+"""
 
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from cbd.audit import Entry, parse_line
+from cbd.audit import ROTATE, Entry, handed_over, parse_line
 from cbd.config import canonical_json, parse_canonical
 from cbd.decision import SignedDecision
 from cbd.errors import DataError
@@ -16,12 +19,15 @@ LOG_SLICE = "log.json"
 
 def make_slice(lines: Iterable[tuple[Entry, Hash]], head: Head, signed: SignedDecision) -> bytes:
     """The slice about the run that was decided on, as canonical JSON; `lines` are all that the head is over."""
-    kept, leaves = [], []
+    kept, rotations, leaves = [], [], []
     for entry, leaf in lines:
         leaves.append(leaf)
         if is_about(entry, str(signed.content["run_id"]), {signed.digest}):
             kept.append(entry)
-    return canonical_json({"schema_version": 1, "head": head, "lines": [prove_line(entry, leaves) for entry in kept]})
+        elif entry["event"] == ROTATE and kept:
+            rotations.append(entry)
+    proven = {"lines": [prove_line(entry, leaves) for entry in kept], "rotations": [prove_line(entry, leaves) for entry in rotations]}
+    return canonical_json({"schema_version": 2, "head": head, **proven})
 
 
 def is_about(entry: Entry, run_id: str, decisions: Collection[str]) -> bool:
@@ -54,6 +60,38 @@ def check_proven(line: Any, head: Head, *, told: str) -> Entry:
     return entry
 
 
+def vouched_keys(data: bytes, keys: Sequence[PublicKey], *, told: str) -> list[PublicKey]:
+    """These keys, and those that handed over to the one of them that signed the slice's head, which is over their rotations.
+
+    A key vouches for those before it, never for one after it: nobody else can have it sign a head over a rotation to it.
+
+    Args:
+        data: what `make_slice` gave.
+        keys: who is trusted.
+        told: how an error names it.
+
+    Raises:
+        DataError: no slice, its head is of none of the keys, or a rotation is not in its tree or hands over to another key.
+    """
+    head, _, rotations = _parse(data, told)
+    current = next((key for key in keys if is_by(head, key)), None)
+    if current is None:
+        raise DataError(f"{told}: the head is altered, or of key {head['key_id'][:12]!r}, not a trusted one; export the run again")
+    found, before = list(keys), int(head["size"]) + 1
+    for line in reversed(rotations):
+        entry = check_proven(line, head, told=f"{told}: a rotation")
+        try:
+            old, new = handed_over(entry)
+        except ValueError as error:
+            raise DataError(f"{told}: line {entry['seq']} {error}; export the run again") from None
+        ordered = entry["event"] == ROTATE and entry["seq"] < before and key_id(new) == key_id(current)
+        if not ordered or not verify(bytes.fromhex(entry["hash"]), entry["signature"], old):
+            raise DataError(f"{told}: line {entry['seq']} hands over to another key than {key_id(current)[:12]}; export the run again")
+        found.append(old)
+        current, before = old, entry["seq"]
+    return found
+
+
 def check_slice(data: bytes, signed: SignedDecision, keys: Sequence[PublicKey], *, told: str) -> dict[str, Any]:
     """The head's size and time, what became of the model, and how many lines there are, after checking every signature and proof.
 
@@ -66,7 +104,7 @@ def check_slice(data: bytes, signed: SignedDecision, keys: Sequence[PublicKey], 
     Raises:
         DataError: no slice, edited, not in the tree, signed by no trusted key, or the decision is not in it.
     """
-    head, lines = _parse(data, told)
+    head, lines, _ = _parse(data, told)
     if not any(is_by(head, key) for key in keys):
         raise DataError(f"{told}: the head is altered, or of key {head['key_id'][:12]!r}, not a trusted one; export the run again")
     entries = [check_proven(line, head, told=f"{told}: line {number} of it") for number, line in enumerate(lines, 1)]
@@ -93,14 +131,16 @@ def _tell(move: Entry) -> str:
     return f"{told} until {data['expires']}" if isinstance(data.get("expires"), str) else told
 
 
-def _parse(data: bytes, told: str) -> tuple[Head, list[dict[str, Any]]]:
+def _parse(data: bytes, told: str) -> tuple[Head, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Head, lines and rotations of a slice."""
     try:
         values = parse_canonical(data)
     except ValueError:
         values = {}
-    if set(values) != {"schema_version", "head", "lines"} or values["schema_version"] != 1 or not isinstance(values["lines"], list):
+    listed = all(isinstance(values.get(name), list) for name in ("lines", "rotations"))
+    if set(values) != {"schema_version", "head", "lines", "rotations"} or values["schema_version"] != 2 or not listed:
         raise DataError(f"{told}: expected a slice of a log in canonical JSON, found something else; export the run again")
-    return parse_head(canonical_json(values["head"]), told=f"{told}: head"), values["lines"]
+    return parse_head(canonical_json(values["head"]), told=f"{told}: head"), values["lines"], values["rotations"]
 
 
 def _is_line(line: Any) -> bool:

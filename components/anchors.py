@@ -5,7 +5,6 @@ They are read again without MLflow: from its SQLite file, which is the store of 
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import sqlite3
@@ -13,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cbd.audit import LOG
 from cbd.config import canonical_json
 from cbd.errors import ConfigError, DataError
 from cbd.files import disk_fault, locked
-from cbd.heads import HEADS, Head, parse_head, read_heads, sign_head
+from cbd.heads import Head, head_name, parse_head, read_heads, sign_head
+from cbd.log_store import open_log
 from components.git import git, origin
 from components.tracking_store import sqlite_file, tracking_uri
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 TAG = "cbd.log_head"
 """Of an MLflow run: the head of the log when the run was registered or closed."""
 BUCKET = "CBD_LOG_HEADS"
-"""Address (s3://bucket/prefix) at which every head is also put as an object of its own; with object lock nobody takes it away."""
+"""Address (s3://bucket/prefix), of one log alone, at which every head is also put as an object; with object lock nobody takes it away."""
 NOTES = "refs/notes/cbd-heads"
 """Git notes of the data registry, a ref for each log: refs/notes/cbd-heads/<first 12 of the first line's hash>."""
 
@@ -49,9 +48,8 @@ def close_log(workspace: Path) -> Head:
             git(registry, "notes", f"--ref={ref}", "append", f"--message={told(head)}", "HEAD")
             if origin():
                 git(registry, "push", "--quiet", "origin", ref)
-    if bucket := _bucket(workspace):
-        text = told(head).encode()
-        bucket.put_once(f"{head['size']:012d}-{hashlib.sha256(text).hexdigest()[:12]}.json", text)
+    if bucket := _bucket():
+        bucket.put_once(head_name(head), told(head).encode())
     return head
 
 
@@ -67,9 +65,10 @@ def read_anchors(workspace: Path) -> Iterator[tuple[str, list[Head]]]:
         DataError: what is kept in a place is no head, or the origin's heads are of another history.
         EnvironmentFault: the origin is out of reach.
     """
-    yield str(workspace / HEADS), read_heads(workspace / HEADS)
+    log = open_log(workspace)
+    yield log.heads_told, read_heads(log)
     registry = workspace / "registry"
-    if (registry / ".git").is_dir() and (workspace / LOG).is_file():
+    if (registry / ".git").is_dir() and log.exists():
         place, ref = f"git notes of {registry}", _notes_ref(workspace)
         with _registry_lock(workspace):
             _follow(registry, ref)
@@ -81,13 +80,13 @@ def read_anchors(workspace: Path) -> Iterator[tuple[str, list[Head]]]:
     if (file := sqlite_file(tracking_uri(workspace))) and file.is_file():
         place = f"tags of the runs in {file}"
         yield place, [parse_head(text.encode(), told=place) for text in _tags(file)]
-    if (workspace / LOG).is_file() and (bucket := _bucket(workspace)):
+    if bucket := _bucket():
         found = bucket.read_versions()
         yield bucket.told, [parse_head(data, told=f"{bucket.told}: {path}") for path in sorted(found) for data in found[path]]
 
 
-def _bucket(workspace: Path) -> "Store | None":
-    """The objects below the address that `CBD_LOG_HEADS` names, a folder for each log."""
+def _bucket() -> "Store | None":
+    """The objects below the address that `CBD_LOG_HEADS` names."""
     address = os.environ.get(BUCKET)
     if not address:
         return None
@@ -95,7 +94,7 @@ def _bucket(workspace: Path) -> "Store | None":
         raise ConfigError(f"{BUCKET}={address}: expected s3://bucket/prefix")
     from components.object_store import open_store
 
-    return open_store(f"{address.rstrip('/')}/{_log_id(workspace)}", told=f"{BUCKET} {address}")
+    return open_store(address, told=f"{BUCKET} {address}")
 
 
 def _tags(file: Path) -> list[str]:
@@ -113,11 +112,11 @@ def _notes_ref(workspace: Path) -> str:
 
 def _log_id(workspace: Path) -> str:
     """Tells this log from others: the first 12 digits of its first line's hash."""
-    with (workspace / LOG).open("rb") as file:
-        try:
-            return str(json.loads(file.readline())["hash"][:12])
-        except (ValueError, LookupError, TypeError):
-            raise DataError(f"{workspace / LOG}: line 1 is no log entry: it was edited; restore the log from a copy") from None
+    log = open_log(workspace)
+    try:
+        return str(json.loads(next(log.lines(), b""))["hash"][:12])
+    except (ValueError, LookupError, TypeError):
+        raise DataError(f"{log}: line 1 is no log entry: it was edited; restore the log from a copy") from None
 
 
 def _follow(registry: Path, ref: str) -> None:

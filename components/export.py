@@ -12,7 +12,7 @@ from cbd.errors import DataError
 from cbd.exported import ATTESTATIONS, DATA, EXPORT, MANIFEST, REPORT, expected_files, verify_export
 from cbd.files import replacing, sha256_file
 from cbd.heads import walk
-from cbd.keys import ensure_key, key_id
+from cbd.keys import ensure_key, load_public_key
 from cbd.log_slice import LOG_SLICE, make_slice
 from cbd.model_signature import MODEL_SIGNATURE
 from components.anchors import close_log
@@ -55,9 +55,8 @@ def export_run(run_dir: Path, workspace: Path, out: Path) -> dict[str, Any]:
             shutil.copyfile(source, temporary / name)
         (temporary / LOG_SLICE).write_bytes(make_slice(((line.entry, line.leaf) for line in lines), head, signed))
         write_manifest(temporary, signed, workspace)
-        signers = {key_id(key): key for line in lines for key in (line.key, line.following) if key is not None}
         try:
-            return verify_export(temporary, list(signers.values()))
+            return verify_export(temporary, [load_public_key(workspace)])
         except DataError as error:
             raise DataError(f"run {signed.content['run_id']} does not hold: {str(error).replace(str(temporary), str(out))}") from None
 

@@ -1,5 +1,7 @@
 """The keys of a workspace: which one signs, which ones did, and which public keys of others are trusted."""
 
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +16,44 @@ from cbd.keys import (
     is_development,
     key_id,
     load_public_key,
-    read_private_key,
+    open_key,
     read_public_key,
     write_public_key,
 )
+from cbd.log_store import ENVIRONMENT as LOG_ADDRESS
+from cbd.token_key import SCHEME
 from components.anchors import close_log
 
 TRUSTED = "trusted"
 """Folder beside the keys: `<key id>.pub` of others whose proofs and bundles are believed here."""
 
 
-def rotate_key(workspace: Path, *, to: Path | None, reason: str, by: str) -> dict[str, Any]:
+def rotate_key(workspace: Path, *, to: Path | str | None, reason: str, by: str) -> dict[str, Any]:
     """Hands over to another key: the old one is revoked from that line of the log on, and what it signed before stays valid.
 
     Args:
         workspace: with the log and the key.
-        to: file of the new private key; None makes one in the workspace, a development key.
+        to: the new private key, a file or `pkcs11:...`; None makes one in the workspace, a development key.
         reason: why; it stands in the log.
         by: who decides.
 
     Raises:
-        ConfigError: no reason is given.
+        ConfigError: no reason is given, or no key for a log that several workspaces write.
         DataError: the log was altered, or the new key signed here already.
     """
     if not reason.strip():
         raise ConfigError("--reason: expected why, found nothing; it stands in the audit log")
+    if to is None and os.environ.get(LOG_ADDRESS):
+        raise ConfigError("--to: expected the new key, found none; a log that many write is signed by a key outside their workspaces")
     known = {row["key_id"] for row in list_keys(workspace)}
-    new = read_private_key(to) if to else generate_key()
+    new = open_key(str(to)) if to else generate_key()
     if (found := key_id(new.public_key())) in known:
         raise DataError(f"{to}: key {found[:12]} signs here or did before, and a revoked key never signs again; give a new one")
     entry = rotate(workspace, new, {"reason": reason, "by": by}, own=to is None)
     if to is None and is_development(workspace):
         close_log(workspace)
-    following = f"export {ENVIRONMENT}={to.resolve()}" if to else f"unset {ENVIRONMENT}"
+    named = str(to) if str(to).startswith(SCHEME) else str(Path(str(to)).resolve())
+    following = f"export {ENVIRONMENT}={shlex.quote(named)}" if to else f"unset {ENVIRONMENT}"
     return {"key_id": found, "line": entry["seq"], "time": entry["time"], "development": to is None, "following": following}
 
 

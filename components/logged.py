@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cbd.audit import LOG, Line, walk_lines
+from cbd.audit import Line, walk_lines
 from cbd.errors import DataError
 from cbd.heads import HEADS, Matching
 from cbd.keys import PublicKey, key_id, load_public_key
+from cbd.log_store import open_log
 from components.anchors import read_anchors
 from components.decision import Signers, find_signers
 from components.standing import EVENTS, Move, mark_expired
@@ -49,11 +50,11 @@ def read_evidence(workspace: Path, *, trusted: Sequence[PublicKey] = ()) -> tupl
         DataError: there is no log, it or its heads were altered, or none of the `trusted` keys, if there are any, signed a line of it.
         EnvironmentFault: the data registry's origin is out of reach.
     """
-    log = workspace / LOG
+    log = open_log(workspace)
     anchors = list(read_anchors(workspace))
     if (workspace / HEADS).exists() and not (workspace / HEADS).read_bytes().endswith(b"\n"):
         raise DataError(f"{workspace / HEADS}: its last line is torn; restore it from a copy, or run the pipeline, which tidies it up")
-    if not log.is_file():
+    if not log.exists():
         raise DataError(f"{log}: no log there; give the workspace of the runs with --workspace")
     evidence = Evidence(workspace, load_public_key(workspace))
     matching = Matching((place, head) for place, heads in anchors for head in heads)

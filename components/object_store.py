@@ -48,17 +48,20 @@ class Store:
 
     def list(self) -> list[tuple[str, int]]:
         """Path below the prefix and bytes of every object; folder markers are no objects. The prefix itself may be one object."""
-        found = []
+        found = [(path, listed.num_bytes) for path, listed in self.find()]
+        if not found:
+            raise DataError(f"{self.told}: no objects there; check the bucket and prefix")
+        return found
+
+    def find(self) -> Iterator[tuple[str, StoredObject]]:
+        """As `list`, in the order of their names, page by page; there may be none."""
         with _faults(self):
             for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix):
                 for item in page.get("Contents", ()):
                     path = self._path(item["Key"])
                     if path and not (path.endswith("/") and item["Size"] == 0):
                         self.objects[path] = StoredObject(item["Key"], int(item["Size"]), item["ETag"])
-                        found.append((path, int(item["Size"])))
-        if not found:
-            raise DataError(f"{self.told}: no objects there; check the bucket and prefix")
-        return found
+                        yield path, self.objects[path]
 
     def read(self, path: str) -> bytes:
         """The whole of a listed object, checked against its listed size and MD5; a body that breaks off is read again.
@@ -100,21 +103,43 @@ class Store:
         self._check(path, md5, target.stat().st_size, about.get("ServerSideEncryption"))
         return target
 
-    def put_once(self, path: str, data: bytes) -> None:
-        """Writes an object below the prefix unless there is one of that name; a bucket with object lock keeps it for its own time.
+    def put_once(self, path: str, data: bytes) -> bool:
+        """Whether the object below the prefix is this one, which is written unless there is one of that name (If-None-Match: *).
+
+        A bucket with object lock keeps it for its own time. A request whose answer was lost is repeated: then the object that
+        stands in the way is our own, which its bytes tell.
 
         Raises:
             EnvironmentFault: the store is out of reach, or refuses.
         """
-        key = f"{self.prefix}/{path}" if self.prefix else path
+        if self._put_new(path, data):
+            return True
+        with _faults(self, path):
+            return bool(self.client.get_object(**self._place(path))["Body"].read() == data)
+
+    def check_conditions(self, path: str) -> None:
+        """Raises EnvironmentFault if the server puts over what is there although it is told not to, which some do in a versioned bucket."""
+        if self._put_new(path, b"") and self._put_new(path, b""):
+            raise EnvironmentFault(
+                f"{self.told}: the object store ignores `If-None-Match: *` in bucket {self.bucket!r}, and two writers would replace each "
+                "other's objects; use a bucket without versioning and object lock, or a server that knows conditional writes there"
+            )
+
+    def _put_new(self, path: str, data: bytes) -> bool:
+        """Writes an object unless there is one of that name, and says whether it did."""
         from botocore.exceptions import ClientError
 
         with _faults(self, path):
             try:
-                self.client.put_object(Bucket=self.bucket, Key=key, Body=data, IfNoneMatch="*")
+                self.client.put_object(**self._place(path), Body=data, IfNoneMatch="*")
             except ClientError as error:
-                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") != 412:
+                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") not in (409, 412):
                     raise
+                return False
+        return True
+
+    def _place(self, path: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": f"{self.prefix}/{path}" if self.prefix else path}
 
     def read_versions(self) -> Mapping[str, Sequence[bytes]]:
         """By path below the prefix, the bytes of every version of every object; also of those that a delete marker hides.

@@ -8,9 +8,10 @@ from typing import Any
 from cbd.audit import ROTATE, Entry, key_after
 from cbd.config import canonical_json, parse_canonical
 from cbd.errors import DataError
-from cbd.heads import HEADS, Head, is_by, parse_head, read_heads, walk
+from cbd.heads import Head, is_by, parse_head, read_heads, walk
 from cbd.keys import PublicKey, key_id, verify
 from cbd.log_slice import check_proven, is_about, prove_line
+from cbd.log_store import open_log
 from cbd.merkle import consistency_proof, extends
 from components.anchors import close_log
 
@@ -28,7 +29,7 @@ def make_proof(workspace: Path, run_id: str, *, since: Path | None = None) -> tu
     Raises:
         DataError: the log was altered, says nothing of the run, or does not extend the earlier head.
     """
-    earlier = _read(since)["head"] if since else (read_heads(workspace / HEADS) or [None])[0]
+    earlier = _read(since)["head"] if since else (read_heads(open_log(workspace)) or [None])[0]
     head = close_log(workspace)
     lines = list(itertools.islice(walk(workspace), head["size"]))
     leaves, decisions = [line.leaf for line in lines], _decisions((line.entry for line in lines), run_id)

@@ -17,12 +17,12 @@ def keys() -> None:
 
 
 @keys.command()
-@click.option("--to", type=click.Path(path_type=Path), help="Private key (P-256, PEM) that signs from now on.  [default: a new one]")
+@click.option("--to", help="Private key that signs from now on: a P-256 key in PEM form, or pkcs11:...  [default: a new one]")
 @reason_option
 @by_option
 @workspace_option
 @as_json
-def rotate(to: Path | None, reason: str, by: str, workspace: Path, as_json: bool) -> int:
+def rotate(to: str | None, reason: str, by: str, workspace: Path, as_json: bool) -> int:
     """Sign with another key from now on; the old one is revoked, what it signed before stays valid."""
     from components.keyring import rotate_key
 

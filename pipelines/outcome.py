@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from cbd.audit import LOG, append
+from cbd.audit import append
 from cbd.errors import CbdError, DataError
 from cbd.files import sha256_file, write_json
+from cbd.log_store import open_log
 from components import STEPS
 from components.records import read_records
 
@@ -88,7 +89,7 @@ def write_report(run_dir: Path) -> Path:
     page = run_dir / "report.html"
     workspace = run_dir.parent.parent
     report(str(run_dir / "records"), page, workspace=str(workspace))
-    if (workspace / LOG).is_file():
+    if open_log(workspace).exists():
         append(workspace, "report", {"run_id": run_dir.name, "page_sha256": sha256_file(page)})
     write_result(run_dir)
     return page

@@ -21,7 +21,15 @@ WORKSPACE = "/workspace"
 """Where the claim `cbd-workspace` lies in every step: records, log, registry and checkpoints, so that a lost node costs an epoch."""
 SIGNING_KEY = "/var/run/cbd/signing/key.pem"
 SETTINGS = ("MLFLOW_TRACKING_URI",)
-MORE_SETTINGS = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "CBD_REGISTRY_GIT", "CBD_REGISTRY_REMOTE", "MLFLOW_EXPERIMENT_NAME")
+MORE_SETTINGS = (
+    "AWS_ENDPOINT_URL",
+    "AWS_DEFAULT_REGION",
+    "CBD_LOG",
+    "CBD_LOG_HEADS",
+    "CBD_REGISTRY_GIT",
+    "CBD_REGISTRY_REMOTE",
+    "MLFLOW_EXPERIMENT_NAME",
+)
 """Keys of the ConfigMap `cbd-settings`, each under the name of its variable; these may be missing."""
 SECRETS = {
     "cbd-tracking": ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),

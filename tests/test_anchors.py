@@ -14,6 +14,7 @@ from cbd.audit import LOG, append
 from cbd.config import canonical_json
 from cbd.errors import ConfigError, DataError, EnvironmentFault
 from cbd.heads import HEADS, read_heads
+from cbd.log_store import open_log
 from components.anchors import BUCKET, TAG, close_log, read_anchors, told
 from components.git import ORIGIN, git
 from components.inventory import INVENTORY, check_inventory, take_inventory
@@ -113,7 +114,7 @@ def test_the_origin_gets_every_head_and_one_of_another_history_is_refused(worksp
     assert git(origin, "rev-list", "--count", ref) == "2"
     assert anchored(before)["git notes"] == [2, 3], "an older copy of the workspace is told of the later head by the origin"
     git(before / "registry", "update-ref", ref, f"{ref}~1")
-    git(before / "registry", "notes", f"--ref={ref}", "append", "--message=" + told(read_heads(before / HEADS)[0]), "HEAD")
+    git(before / "registry", "notes", f"--ref={ref}", "append", "--message=" + told(read_heads(open_log(before))[0]), "HEAD")
     append(before, "event", {"number": 3})
     with pytest.raises(DataError, match="origin holds heads of another history"):
         close_log(before)
@@ -165,11 +166,11 @@ def test_heads_in_a_bucket_with_object_lock_are_read_although_somebody_deleted_o
         append(tmp_path, "event", {"number": number})
         close_log(tmp_path)
     place = f"{BUCKET} s3://box/heads/"
-    assert dict(read_anchors(tmp_path))[place] == read_heads(tmp_path / HEADS)
+    assert dict(read_anchors(tmp_path))[place] == read_heads(open_log(tmp_path))
     for item in bucket.list_objects_v2(Bucket="box")["Contents"]:
         bucket.delete_object(Bucket="box", Key=item["Key"])
     assert "Contents" not in bucket.list_objects_v2(Bucket="box")
-    assert dict(read_anchors(tmp_path))[place] == read_heads(tmp_path / HEADS), "a delete marker hides them from a plain listing alone"
+    assert dict(read_anchors(tmp_path))[place] == read_heads(open_log(tmp_path)), "a delete marker hides them from a plain listing alone"
     versions = bucket.list_object_versions(Bucket="box")["Versions"]
     with pytest.raises(Exception, match="AccessDenied"):
         bucket.delete_object(Bucket="box", Key=versions[0]["Key"], VersionId=versions[0]["VersionId"])

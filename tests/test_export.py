@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,8 +29,9 @@ from cbd.errors import DataError
 from cbd.exported import ATTESTATIONS, EXPORT, MANIFEST, MODEL, expected_files, verify_export
 from cbd.files import sha256_file
 from cbd.heads import sign_head
-from cbd.keys import PrivateKey, PublicKey, ensure_key, key_id, sign
-from cbd.log_slice import LOG_SLICE, check_slice
+from cbd.keys import PrivateKey, PublicKey, ensure_key, generate_key, key_id, sign, to_pem
+from cbd.log_slice import LOG_SLICE
+from cbd.merkle import leaf_hash
 from cbd.model_signature import MODEL_SIGNATURE, sign_model
 from components.decide import decide, refuse_step
 from components.export import export_run, write_manifest
@@ -452,15 +454,81 @@ def test_a_decision_that_was_replaced_by_a_later_one_is_not_exported(tmp_path: P
         export_run(tmp_path / "runs" / "run-1", tmp_path, tmp_path / "export")
 
 
-def test_after_a_rotation_an_export_needs_the_trust_in_both_keys(tmp_path: Path, make_evaluation: Make) -> None:
-    case = run_case(tmp_path, make_evaluation)
-    old = ensure_key(tmp_path).public_key()
-    rotate_key(tmp_path, to=None, reason="test", by="me")
-    new = ensure_key(tmp_path).public_key()
-    export_run(tmp_path / "runs" / case.run_id, tmp_path, tmp_path / "export")
-    assert verify_export(tmp_path / "export", [old, new])["key_id"] == key_id(old)
-    refused(tmp_path / "export", [old], r"manifest\.json: .*not trusted")
-    refused(tmp_path / "export", [new], r"decision\.json: .*not trusted")
-    signed = open_decision(tmp_path / "export" / MODEL, [old])
-    with pytest.raises(DataError, match=r"log\.json: line 1 of it was not signed by a trusted key"):
-        check_slice((tmp_path / "export" / LOG_SLICE).read_bytes(), signed, [new], told="log.json")
+@pytest.fixture
+def rotated(tmp_path: Path, make_evaluation: Make) -> SimpleNamespace:
+    """A run that the first key signed, exported after two rotations; `keys` are all three."""
+    case = run_case(tmp_path / "workspace", make_evaluation)
+    keys = [ensure_key(case.workspace)]
+    for _ in range(2):
+        rotate_key(case.workspace, to=None, reason="test", by="me")
+        keys.append(ensure_key(case.workspace))
+    export_run(case.workspace / "runs" / case.run_id, case.workspace, tmp_path / "export")
+    return SimpleNamespace(folder=tmp_path / "export", workspace=case.workspace, keys=keys, public=[key.public_key() for key in keys])
+
+
+def test_after_rotations_an_export_holds_by_the_newest_key_alone_which_vouches_for_those_before(rotated: SimpleNamespace) -> None:
+    first, second, newest = rotated.public
+    assert verify_export(rotated.folder, [newest])["key_id"] == key_id(first)
+    refused(rotated.folder, [first], r"manifest\.json: .*not trusted")
+    refused(rotated.folder, [first, second], r"manifest\.json: .*not trusted")
+
+
+def change_slice(folder: Path, key: PrivateKey, change: Callable[[dict[str, Any]], Any]) -> None:
+    """The slice of the log with something else in it, in a manifest that the key's own holder signed."""
+    content = json.loads((folder / LOG_SLICE).read_bytes())
+    change(content)
+    (folder / LOG_SLICE).write_bytes(canonical_json(content))
+    seal_again(folder, key)
+
+
+def _forged_rotation(thief: PrivateKey, victim: PublicKey, seq: int = 2) -> dict[str, Any]:
+    """A line by which a thief hands over to his victim's key, as if it had come after his."""
+    keys = {"from": to_pem(thief.public_key()), "to": to_pem(victim), "key_id": key_id(victim)}
+    entry = {"seq": seq, "time": "2026-01-01T00:00:00.000Z", "event": "rotate", "data": keys, "previous": "0" * 64}
+    digest = sha256(canonical_json(entry)).hexdigest()
+    return {**entry, "hash": digest, "signature": sign(bytes.fromhex(digest), thief)}
+
+
+def test_an_attackers_rotation_to_the_trusted_key_makes_nothing_of_his_believed(rotated: SimpleNamespace) -> None:
+    thief, newest = generate_key(), rotated.keys[-1]
+    forged = _forged_rotation(thief, newest.public_key())
+    path = json.loads((rotated.folder / LOG_SLICE).read_bytes())["rotations"][0]["path"]
+    for line in ({"entry": forged, "path": []}, {"entry": forged, "path": path}):
+        change_slice(rotated.folder, newest, lambda content, line=line: content["rotations"].append(line))
+        refused(rotated.folder, [newest.public_key()], r"log\.json: a rotation is not in the tree of the head")
+
+
+def test_a_head_of_an_attackers_own_log_vouches_for_nothing(rotated: SimpleNamespace) -> None:
+    """In his tree he hands over to the victim's key, which never signed a head over that."""
+    thief, newest = generate_key(), rotated.keys[-1]
+    forged = _forged_rotation(thief, newest.public_key(), seq=1)
+    head = {"schema_version": 1, "size": 1, "root": leaf_hash(canonical_json(forged)).hex(), "time": forged["time"]}
+    for named in (thief, newest):
+        told = {**head, "key_id": key_id(named.public_key())}
+        told["signature"] = sign(canonical_json(told), thief)
+        proven = {"head": told, "rotations": [{"entry": forged, "path": []}]}
+        change_slice(rotated.folder, newest, lambda content, proven=proven: content.update(proven))
+        refused(rotated.folder, [newest.public_key()], r"log\.json: the head is altered, or of key .*, not a trusted one")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda content: content["rotations"].clear(), r"decision\.json: signed by key .*, which is not trusted"),
+        (lambda content: content["rotations"].pop(0), r"decision\.json: signed by key .*, which is not trusted"),
+        (lambda content: content["rotations"].pop(), r"log\.json: line 2 hands over to another key"),
+        (lambda content: content["rotations"].reverse(), r"log\.json: line 2 hands over to another key"),
+        (lambda content: content["rotations"].append(content["rotations"][-1]), r"log\.json: line 3 hands over to another key"),
+        (lambda content: content["rotations"].append(content["lines"][0]), r"log\.json: line 1 is no rotation"),
+    ],
+)
+def test_rotations_that_are_left_out_or_put_together_otherwise_are_refused(
+    rotated: SimpleNamespace, change: Callable[[dict[str, Any]], Any], told: str
+) -> None:
+    change_slice(rotated.folder, rotated.keys[-1], change)
+    refused(rotated.folder, [rotated.public[-1]], told)
+
+
+def test_a_revoked_key_seals_no_manifest_any_more(rotated: SimpleNamespace) -> None:
+    seal_again(rotated.folder, rotated.keys[0])
+    refused(rotated.folder, [rotated.public[-1]], r"manifest\.json: signed by key .*, which is not trusted")

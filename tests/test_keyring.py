@@ -137,7 +137,7 @@ def test_a_key_that_was_rotated_away_while_something_was_signed_is_told(tmp_path
         write_decision({"digests": {}, "run_id": "r", "attempt": {}, "trial": False, "verdict": "PASS"}, tmp_path / "out", tmp_path)
 
 
-@pytest.mark.parametrize("crash_at", ["write_line", "write_public_key", "os.replace"])
+@pytest.mark.parametrize("crash_at", ["log_store.write_line", "audit.write_public_key", "audit.os.replace"])
 def test_a_crash_in_a_rotation_leaves_one_key_in_charge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_at: str) -> None:
     append(tmp_path, "event", {})
     before = ensure_key(tmp_path)
@@ -146,13 +146,13 @@ def test_a_crash_in_a_rotation_leaves_one_key_in_charge(tmp_path: Path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"cbd.audit.{crash_at}", crash)
+        patch.setattr(f"cbd.{crash_at}", crash)
         with pytest.raises(KeyboardInterrupt):
             rotate(tmp_path)
     append(tmp_path, "event", {})
     entries, key = read_log(tmp_path), load_public_key(tmp_path)
     handed_over = [entry for entry in entries if entry["event"] == "rotate"]
-    assert len(handed_over) == (crash_at != "write_line") and (key_id(key) == key_id(before.public_key())) == (not handed_over)
+    assert len(handed_over) == (crash_at != "log_store.write_line") and (key_id(key) == key_id(before.public_key())) == (not handed_over)
     assert not (tmp_path / "keys" / "next.pem").exists()
 
 

@@ -21,6 +21,7 @@ from cbd.config import canonical_json
 from cbd.errors import CbdError, EnvironmentFault
 from cbd.files import write_json
 from cbd.heads import read_heads
+from cbd.log_store import open_log
 from components import decision, register
 from components import summary as told
 from components.charts import bar, histogram, interval, nice, ticks
@@ -427,7 +428,7 @@ def test_the_step_can_be_imported_inside_a_task() -> None:
 def test_the_step_closes_the_tracking_run_with_the_page(run: Path, tmp_path: Path, closed: list[tuple[Any, ...]]) -> None:
     _sign(run, tmp_path / "w")
     close(str(run / "records"), workspace=str(tmp_path / "w"), run_id="run-1")
-    head = read_heads(tmp_path / "w" / "heads.jsonl")[-1]
+    head = read_heads(open_log(tmp_path / "w"))[-1]
     assert closed == [("run-1", "FINISHED", [run / "report.html", run / "result.json"], {"cbd.log_head": canonical_json(head).decode()})]
     record = json.loads((run / "records" / "report.json").read_text())
     assert record["status"] == "succeeded" and record["outputs"]["consistent"] is True

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from cbd.audit import LOG
 from cbd.decision import REJUDGES
 from cbd.errors import DataError
 from cbd.heads import read_log
+from cbd.log_store import LOG, open_log
 from components.pages import View, absent
 from components.pages.text import clip
 from components.standing import EVENTS
@@ -23,7 +23,7 @@ def afterwards(run: Run) -> View:
     decided = run.outputs("decide").get("decision_digest")
     if decided is None:
         raise absent(run, "decide", "decision")
-    if not (run.workspace / LOG).is_file():
+    if not open_log(run.workspace).exists():
         raise DataError(f"the workspace has no {LOG}")
     registered, rows, leads = run.outputs("register"), [], False
     for entry in read_log(run.workspace):
