@@ -1,4 +1,4 @@
-"""S3 or anything that speaks its protocol, to read and to put objects once; the endpoint and keys come from boto3's usual chain.
+"""S3 or anything that speaks its protocol: read, put once, taken away; the endpoint and keys come from boto3's usual chain.
 
 What is read is what was listed: every request carries the listed ETag, so that an object that changed in between is an error.
 """
@@ -100,18 +100,39 @@ class Store:
         self._check(path, md5, target.stat().st_size, about.get("ServerSideEncryption"))
         return target
 
+    def get(self, path: str) -> bytes | None:
+        """The bytes of an object below the prefix, as the store delivers them; None if there is none of that name.
+
+        Raises:
+            EnvironmentFault: the store is out of reach, or refuses.
+        """
+        with _faults(self, path):
+            try:
+                data: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(path))["Body"].read()
+            except self.client.exceptions.NoSuchKey:
+                return None
+        return data
+
+    def delete(self, path: str) -> None:
+        """Takes away an object below the prefix, if there is one of that name.
+
+        Raises:
+            EnvironmentFault: the store is out of reach, or refuses.
+        """
+        with _faults(self, path):
+            self.client.delete_object(Bucket=self.bucket, Key=self._key(path))
+
     def put_once(self, path: str, data: bytes) -> None:
         """Writes an object below the prefix unless there is one of that name; a bucket with object lock keeps it for its own time.
 
         Raises:
             EnvironmentFault: the store is out of reach, or refuses.
         """
-        key = f"{self.prefix}/{path}" if self.prefix else path
         from botocore.exceptions import ClientError
 
         with _faults(self, path):
             try:
-                self.client.put_object(Bucket=self.bucket, Key=key, Body=data, IfNoneMatch="*")
+                self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data, IfNoneMatch="*")
             except ClientError as error:
                 if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") != 412:
                     raise
@@ -137,6 +158,9 @@ class Store:
         plain = _PLAIN_ETAG.fullmatch(listed.etag) if encryption in (None, "AES256") else None
         if num_bytes != listed.num_bytes or (plain and plain[1] != md5):
             raise EnvironmentFault(_other_bytes(self.told, path))
+
+    def _key(self, path: str) -> str:
+        return f"{self.prefix}/{path}" if self.prefix else path
 
     def _path(self, key: str) -> str | None:
         if key == self.prefix:

@@ -12,6 +12,7 @@ from cbd.config import Params
 from cbd.dataset import read_images
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file
+from components.checkpoints import going_on
 from components.records import kfp_component
 from components.train_confounder import LOSSES, SEPARATION
 from components.training import Loaded, card_of, checkpoint_folder, live_curves, load, teller, write_history
@@ -62,8 +63,7 @@ def train_deconfounded(
             found,
             num_classes=len(data.info.class_names),
             params=params,
-            checkpoint=place / f"deconfounded-{_digest(confounder)[:16]}.safetensors",
-            on_epoch=teller("train_deconfounded", curves),
+            **going_on(place / f"deconfounded-{_digest(confounder)[:16]}.safetensors", teller("train_deconfounded", curves)),
         )
     with replacing(model) as temporary:
         card = card_of("deconfounded", data.info, params)
