@@ -1,4 +1,4 @@
-"""Steps that share the workspace and nothing else, as pods of a cluster do: what is kept beside the records suffices."""
+"""Steps that share the workspace and nothing else, as pods do: what is kept beside the records suffices, and few secrets do."""
 
 import json
 import shutil
@@ -103,7 +103,7 @@ def test_the_report_needs_no_other_steps_pod(tmp_path: Path, mlflow_template: Pa
     run_dir = workspace / "runs" / "apart-1"
     run_dir.mkdir(parents=True)
     shutil.copy(mlflow_template, workspace / "mlflow.db")
-    order = Order(str(tmp_path / "delivery"), str(tmp_path / "trusted"), workspace)
+    order = Order(str(tmp_path / "delivery"), str(tmp_path / "trusted"), workspace, baseline=True)
     arguments = pipeline_arguments(order, load_params(tmp_path / "params.yaml"), run_dir)
     assert local.run(arguments, run_dir, pipeline="apart_pipeline:retrain"), (run_dir / "pipeline.log").read_text()[-3000:]
     assert {path.parent.name for path in (tmp_path / "pods").rglob("*") if path.is_file()} == {"report-step"}
