@@ -23,6 +23,7 @@ from cbd.images import Glance, decode, glance, looks_of, pixel_digest, resize
 from cbd.shards import GROUP_BYTES, GROUP_ROWS, row_groups, schema, shards
 
 INFO = "dataset.json"
+SHARDS = "shard-*.parquet"
 
 
 class Row(NamedTuple):
@@ -152,7 +153,7 @@ def write_dataset(
             "image_sizes": dict(sorted(sizes.items())),
             "supplier": supplier,
             "trial": trial,
-            "shards": {path.name: sha256_file(path) for path in sorted(temporary.glob("shard-*.parquet"))},
+            "shards": {path.name: sha256_file(path) for path in sorted(temporary.glob(SHARDS))},
         }
         values["digest"] = description_digest(values)
         write_json(temporary / INFO, values)

@@ -169,12 +169,15 @@ def read_trusted_keys(place: Path) -> list[PublicKey]:
 
 
 def read_private_key(path: Path) -> PrivateKey:
-    """The P-256 private key in a PEM file that nobody else may read; raises DataError."""
+    """The P-256 private key in a PEM file that nobody else may read; raises DataError.
+
+    A cluster's Secret is mounted for one container, read-only and with modes that nobody in it can change: there they are not looked at.
+    """
     if not path.is_file():
         if os.environ.get(ENVIRONMENT) == str(path):
             raise ConfigError(f"{ENVIRONMENT}={path}: no such file; expected a P-256 private key in PEM form")
         raise DataError(f"{path}: no such key; restore it, or name the one that signs with {ENVIRONMENT}")
-    if path.stat().st_mode & 0o077:
+    if path.stat().st_mode & 0o077 and not os.statvfs(path).f_flag & os.ST_RDONLY:
         raise DataError(f"{path}: others may read this private key; expected mode 0600, run: chmod 600 {path}")
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)

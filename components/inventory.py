@@ -31,7 +31,8 @@ def take_inventory(run_dir: Path, records: dict[str, dict[str, Any]]) -> tuple[I
     """The inventory of a run and the SHA-256 of the `inventory.json` that this writes.
 
     It holds the pipeline's arguments, the records of all steps but the report's, which is not over yet, and the files of every artifact
-    that they name in the run's folder. On a cluster the artifacts of other steps lie elsewhere, and only what lies here is in it.
+    that they name in the run's folder. On a cluster these are what each step kept here: all but the shards of data sets, which the
+    data registry has.
     """
     artifacts = {
         f"{step}/{name}": Path(path).resolve().relative_to(run_dir.resolve()).as_posix()

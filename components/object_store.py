@@ -1,4 +1,4 @@
-"""S3 or anything that speaks its protocol, to read and to put objects once; the endpoint and keys come from boto3's usual chain.
+"""S3 or anything that speaks its protocol: read, put once, taken away; the endpoint and keys come from boto3's usual chain.
 
 What is read is what was listed: every request carries the listed ETag, so that an object that changed in between is an error.
 """
@@ -103,6 +103,28 @@ class Store:
         self._check(path, md5, target.stat().st_size, about.get("ServerSideEncryption"))
         return target
 
+    def get(self, path: str) -> bytes | None:
+        """The bytes of an object below the prefix, as the store delivers them; None if there is none of that name.
+
+        Raises:
+            EnvironmentFault: the store is out of reach, or refuses.
+        """
+        with _faults(self, path):
+            try:
+                data: bytes = self.client.get_object(**self._place(path))["Body"].read()
+            except self.client.exceptions.NoSuchKey:
+                return None
+        return data
+
+    def delete(self, path: str) -> None:
+        """Takes away an object below the prefix, if there is one of that name.
+
+        Raises:
+            EnvironmentFault: the store is out of reach, or refuses.
+        """
+        with _faults(self, path):
+            self.client.delete_object(**self._place(path))
+
     def put_once(self, path: str, data: bytes) -> bool:
         """Whether the object below the prefix is this one, which is written unless there is one of that name (If-None-Match: *).
 
@@ -112,10 +134,7 @@ class Store:
         Raises:
             EnvironmentFault: the store is out of reach, or refuses.
         """
-        if self._put_new(path, data):
-            return True
-        with _faults(self, path):
-            return bool(self.client.get_object(**self._place(path))["Body"].read() == data)
+        return self._put_new(path, data) or self.get(path) == data
 
     def check_conditions(self, path: str) -> None:
         """Raises EnvironmentFault if the server puts over what is there although it is told not to, which some do in a versioned bucket."""

@@ -1,8 +1,9 @@
-"""What every step leaves behind: `<records>/<step>.json`, from which the report and the command line read."""
+"""What every step leaves behind: `<records>/<step>.json`, from which the report and the command line read, and beside it its artifacts."""
 
 import contextlib
 import json
 import os
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from cbd.errors import CbdError
-from cbd.files import write_json
+from cbd.files import replacing, sha256_file, write_json
 
 _TOLD_AS: ContextVar[str | None] = ContextVar("told_as", default=None)
+ARTIFACTS = "artifacts"
+"""Folder of a run in which steps keep artifacts that would otherwise lie where only they can read them."""
 IMAGE = "cbd-python:by-digest"
 """Base image of every component: a placeholder that `cbd compile --image` fills in."""
 
@@ -29,7 +32,8 @@ def kfp_component(function: Callable[..., Any]) -> Any:
 def step(records: str, name: str) -> Iterator[dict[str, Any]]:
     """Records a step: `running` when it starts, then `succeeded` with the outputs put into the yielded dict, or `failed`.
 
-    A step that is killed stays `running`: that is how the report sees it.
+    A step that is killed stays `running`: that is how the report sees it. The artifacts that the outputs name under `paths` are kept in
+    the run's folder where they do not lie there already (see `_kept`), and the record tells the SHA-256 of each file under `kept`.
     """
     path = Path(records) / f"{name}.json"
     started = time.time()
@@ -38,6 +42,7 @@ def step(records: str, name: str) -> Iterator[dict[str, Any]]:
     write_json(path, record)
     try:
         yield outputs
+        _keep_artifacts(record, outputs, path.parents[1] / ARTIFACTS / name)
     except BaseException as error:
         told = isinstance(error, CbdError)
         record["status"] = "failed"
@@ -52,6 +57,32 @@ def step(records: str, name: str) -> Iterator[dict[str, Any]]:
         record["seconds"] = time.time() - started
         with contextlib.suppress(CbdError) if record["status"] == "failed" else contextlib.nullcontext():
             write_json(path, record)
+
+
+def _keep_artifacts(record: dict[str, Any], outputs: dict[str, Any], folder: Path) -> None:
+    if "paths" in outputs:
+        outputs["paths"] = {key: _kept(source, folder / key) for key, source in outputs["paths"].items()}
+    if folder.is_dir():
+        record["kept"] = {str(file): sha256_file(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def _kept(source: str, target: Path) -> str:
+    """Where an artifact lies in the run's folder, which every later step and reader can open: it is copied to `target` if need be.
+
+    On a cluster a step's artifacts lie in its own pod, and nobody else's. Shards of data sets are left out: the data registry has them.
+    """
+    from cbd.dataset import SHARDS
+
+    place, run_dir = Path(source), target.parents[2]
+    target = target.with_suffix(place.suffix)
+    if not place.exists() or place.resolve().is_relative_to(run_dir.resolve()):
+        return source
+    with replacing(target) as temporary:
+        if place.is_dir():
+            shutil.copytree(place, temporary, ignore=shutil.ignore_patterns(SHARDS))
+        else:
+            shutil.copyfile(place, temporary)
+    return str(target)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from cbd.files import sha256_file
 from components.decision import check_decision
 from components.inventory import Inventory, check_inventory
 from components.logged import Evidence
+from components.records import ARTIFACTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,8 @@ def _check_subjects(run: CheckedRun, signed: SignedDecision) -> Iterator[str]:
                 f"{folder or artifact}: the decision is about {name} {expected[:12]}, found {str(found)[:12]}; restore the run's folder"
             )
         if expected is not None:
-            yield f"{name}: is what the decision is about, {expected[:12]}"
+            apart = folder and digest_of is _dataset_digest and _is_kept(run, folder)
+            yield f"{name}: is what the decision is about, {expected[:12]}{', its shards lie in the data registry' if apart else ''}"
 
 
 def _check_registered(run: CheckedRun, signed: SignedDecision) -> Iterator[str]:
@@ -128,15 +130,21 @@ def _check_registered(run: CheckedRun, signed: SignedDecision) -> Iterator[str]:
 
 
 def _dataset_digest(run: CheckedRun, folder: Path) -> str | None:
-    """The digest of a data set whose shards are those that its description names."""
+    """The digest of a data set whose shards, as far as the run's folder kept them, are those that its description names."""
     path = folder / "dataset.json"
     if not path.is_file():
         return None
     content = json.loads(path.read_bytes())
     for name, expected in content["shards"].items():
-        if run.sha256(folder / name) != expected:
+        found = run.sha256(folder / name)
+        if found != expected and (found is not None or not _is_kept(run, folder)):
             raise DataError(f"{folder / name}: is not the shard that {path.name} names; restore the data set")
     return description_digest(content)
+
+
+def _is_kept(run: CheckedRun, folder: Path) -> bool:
+    """Whether the step ran elsewhere and kept here what is not in the data registry."""
+    return folder.is_relative_to(run.folder / ARTIFACTS)
 
 
 def _bundle_digest(run: CheckedRun, folder: Path) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cbd.errors import CbdError
+from cbd.files import sha256_file
 from components import STEPS
 from components.decision import read_decision
 
@@ -122,7 +123,7 @@ def alarms(run: Run) -> list[str]:
         return [f"Nothing was new, yet {name} ran." for name in run.records if name not in ("ingest", "report")]
     passed = run.outputs("validate").get("passed")
     found = [f"Validation refused the data, yet {name} ran." for name in (*TRAINING, "register") if passed is False and name in run.records]
-    found += _decision_alarms(run)
+    found += _altered(run) + _decision_alarms(run)
     if run.verdict is None:
         if "register" in run.records:
             found.append("The step register ran without a valid verdict.")
@@ -190,6 +191,17 @@ def _nothing_new(run: Run) -> str | None:
         return None
     told = run.nothing_new
     return f"Nothing new: run {told.get('run_id')} was decided on the same images and the same trusted set, and said {told.get('verdict')}."
+
+
+def _altered(run: Run) -> list[str]:
+    """That a file which a step kept beside its record is gone or another one since; the first of each step."""
+    found = []
+    for name, record in run.records.items():
+        for path, sha256 in _object(record.get("kept")).items():
+            if not Path(path).is_file() or sha256_file(Path(path)) != sha256:
+                found.append(f"{name} kept {Path(path).name} beside its record, and it is gone or was altered since.")
+                break
+    return found
 
 
 def _decision_alarms(run: Run) -> list[str]:

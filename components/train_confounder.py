@@ -7,6 +7,7 @@ from kfp import dsl
 
 from cbd.config import Params
 from cbd.files import replacing, write_json
+from components.checkpoints import going_on
 from components.records import kfp_component, progress
 from components.training import card_of, checkpoint_folder, live_curves, load, teller, write_history
 
@@ -41,8 +42,7 @@ def train_confounder(
         found = confounder.train_confounder(
             data.images,
             data.labels,
-            checkpoint=place / "confounder.safetensors",
-            on_epoch=teller("train_confounder", curves, what="confounder"),
+            **going_on(place / "confounder.safetensors", teller("train_confounder", curves, what="confounder")),
             **common,
         )
         flown, separation, curve = None, None, []
@@ -71,12 +71,12 @@ def _fly(data: Any, found: Any, *, place: Path, on_epoch: Any, common: dict[str,
     from cbd.evidence import swallowed
     from cbd.pilot import train_pilot
 
-    about = {"steps": found.steps, "on_epoch": on_epoch, **common}
-    flown = train_pilot(data.images, data.labels, found.losses, checkpoint=place / "pilot.safetensors", **about)
+    about = {"steps": found.steps, **common}
+    flown = train_pilot(data.images, data.labels, found.losses, **going_on(place / "pilot.safetensors", on_epoch), **about)
     history = flown.history
     separation = _separate(found, flown, data, seed=common["params"].seed)
     if (without := swallowed(separation, found.losses.numpy().astype(np.float64), data.labels.cpu().numpy())) is not None:
-        again = {"checkpoint": place / "pilot-again.safetensors", "without": torch.from_numpy(without)}
+        again = going_on(place / "pilot-again.safetensors", on_epoch) | {"without": torch.from_numpy(without)}
         flown = train_pilot(data.images, data.labels, found.losses, **again, **about)
         separation = _separate(found, flown, data, seed=common["params"].seed)
         history = [*history, *({**row, "step": found.steps + row["step"]} for row in flown.history)]

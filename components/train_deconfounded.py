@@ -9,13 +9,18 @@ from kfp import dsl
 
 from cbd.bundle import bundle_digest, read_card
 from cbd.config import Params
+from cbd.dataset import read_images
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file
+from components.checkpoints import going_on
 from components.records import kfp_component
 from components.train_confounder import LOSSES, SEPARATION
 from components.training import Loaded, card_of, checkpoint_folder, live_curves, load, teller, write_history
 
 EVIDENCE = "evidence.parquet"
+GALLERY = "gallery.parquet"
+SHOWN = 48
+"""Images in the gallery, the most suspicious first."""
 
 
 def train_deconfounded(
@@ -34,7 +39,8 @@ def train_deconfounded(
         dataset: the untrusted data set.
         confounder: folder that `train_confounder` wrote on the same data.
         model: gets the bundle and `history.jsonl`.
-        evidence: gets `evidence.parquet`, one row per sample.
+        evidence: gets `evidence.parquet`, one row per sample, and `gallery.parquet`: `sample_id` and `image`, the original bytes, of
+            the most suspicious ones, for whoever looks at them where the data set does not lie.
         params: the seed and the sections `model` and `deconfounded`.
         checkpoints: folder from which a killed training goes on.
         tracked: workspace and run id of the live curves; None for none.
@@ -57,8 +63,7 @@ def train_deconfounded(
             found,
             num_classes=len(data.info.class_names),
             params=params,
-            checkpoint=place / f"deconfounded-{_digest(confounder)[:16]}.safetensors",
-            on_epoch=teller("train_deconfounded", curves),
+            **going_on(place / f"deconfounded-{_digest(confounder)[:16]}.safetensors", teller("train_deconfounded", curves)),
         )
     with replacing(model) as temporary:
         card = card_of("deconfounded", data.info, params)
@@ -68,6 +73,7 @@ def train_deconfounded(
     with replacing(evidence) as temporary:
         temporary.mkdir()
         suspects = _write_evidence(temporary / EVIDENCE, trained, views, data)
+        _write_gallery(temporary, dataset)
     return {"model_digest": bundle_digest(model), "suspects": suspects, "num_images": data.info.num_images}
 
 
@@ -131,6 +137,15 @@ def _write_evidence(path: Path, trained: Any, views: dict[str, Any], data: Loade
     }
     pq.write_table(pa.table(table), path, compression="zstd")
     return int(suspect.sum())
+
+
+def _write_gallery(evidence: Path, dataset: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    ranked = pq.read_table(evidence / EVIDENCE, columns=["sample_id", "rank"]).sort_by("rank")["sample_id"].to_pylist()[:SHOWN]
+    images = read_images(dataset, ranked)
+    pq.write_table(pa.table({"sample_id": ranked, "image": [images[sample] for sample in ranked]}), evidence / GALLERY)
 
 
 def read_separation(confounder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from kfp import dsl
 from cbd.bundle import bundle_digest
 from cbd.config import Params
 from cbd.files import replacing
+from components.checkpoints import going_on
 from components.records import kfp_component
 from components.training import card_of, checkpoint_folder, live_curves, load, teller, write_history
 
@@ -26,6 +27,7 @@ def train_undefended(
     from cbd.models import save_bundle
 
     data = load(dataset, params)
+    place = checkpoint_folder(checkpoints, data.info, params, "deconfounded")
     with live_curves(*tracked, "train_undefended") if tracked else contextlib.nullcontext() as curves:
         trained = train(
             data.images,
@@ -33,8 +35,7 @@ def train_undefended(
             None,
             num_classes=len(data.info.class_names),
             params=params,
-            checkpoint=checkpoint_folder(checkpoints, data.info, params, "deconfounded") / "undefended.safetensors",
-            on_epoch=teller("train_undefended", curves),
+            **going_on(place / "undefended.safetensors", teller("train_undefended", curves)),
         )
     with replacing(model) as temporary:
         save_bundle(trained.model, card_of("undefended", data.info, params), temporary)

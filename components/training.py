@@ -1,4 +1,4 @@
-"""What the training steps share: the data set on the device, progress and live curves, where checkpoints lie."""
+"""What the training steps share: the data set on the device, progress and live curves, what names a training."""
 
 import hashlib
 import json

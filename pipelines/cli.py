@@ -83,7 +83,7 @@ def run(data: str | None, trusted: str | None, workspace: Path, as_json: bool, *
 
 
 @cbd.command("compile")
-@click.option("--overlay", help="Kind of cluster, with the settings of its GPU nodes: gke, eks or onprem.")
+@click.option("--overlay", help="Kind of cluster: gke, eks or onprem; with its pool of GPU nodes, such as gke:POOL.")
 @click.option("--image", help="NAME@sha256:DIGEST of the image that runs the steps.")
 @click.option("--manifest", is_flag=True, help="Write resources Pipeline and PipelineVersion, for GitOps.")
 @click.option("--namespace", help="Namespace of these resources.")

@@ -36,7 +36,7 @@ def compile_pipeline(
     Args:
         out: a YAML file.
         image: NAME@sha256:DIGEST.
-        overlay: kind of cluster, a name in `overlays.OVERLAYS`; None compiles without settings of a cluster.
+        overlay: kind of cluster, as `overlays.find_overlay` knows it; None compiles without settings of a cluster.
         manifest: write resources `Pipeline` and `PipelineVersion` instead, for a cluster. The version's name ends in 12 hex digits
             of what it holds, so that applying it twice is applying it once, and another pipeline is another version.
         namespace: of these resources.
@@ -100,12 +100,10 @@ def _built(overlay: str | None) -> "GraphComponent":
     """The pipeline, built for a kind of cluster; raises ConfigError if it is not known."""
     from kfp import dsl
 
-    from pipelines.overlays import OVERLAYS, chosen
+    from pipelines.overlays import chosen, find_overlay
     from pipelines.retrain import retrain
 
     if overlay is None:
         return retrain
-    if overlay not in OVERLAYS:
-        raise ConfigError(f"--overlay {overlay!r}: expected one of {', '.join(OVERLAYS)}")
-    with chosen(OVERLAYS[overlay]):
+    with chosen(find_overlay(overlay)):
         return dsl.pipeline(name=retrain.name, description=retrain.description)(retrain.pipeline_func)

@@ -28,7 +28,7 @@ def order_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--limit", type=click.IntRange(0), default=0, help="Take in at most so many images; 0: all."),
         click.option("--baseline", is_flag=True, help="Also train without defence on the same data."),
         click.option("--image", help="NAME@sha256:DIGEST of the image that runs the steps.  [required]"),
-        click.option("--overlay", help="Kind of cluster: gke, eks or onprem.  [required]"),
+        click.option("--overlay", help="Kind of cluster: gke, eks or onprem; with its pool of GPU nodes, such as gke:POOL.  [required]"),
         click.option("--service-account", help="Kubernetes service account that runs the steps."),
     )
     for option in reversed(options):

@@ -1,9 +1,11 @@
 """What came of a run: read from its records, and turned into an exit code and one JSON object."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from cbd.audit import append
+from cbd.dataset import INFO, read_info
 from cbd.errors import CbdError, DataError
 from cbd.files import sha256_file, write_json
 from cbd.log_store import open_log
@@ -37,10 +39,10 @@ def find_run(run: str, workspace: Path) -> Path:
 
 
 def find_artifact(run_dir: Path, step: str, artifact: str) -> Path:
-    """The folder in which a step of a run left an artifact.
+    """The folder in which a step of a run left an artifact; shards of a data set that it did not keep come back from the data registry.
 
     Raises:
-        DataError: the step did not get that far.
+        DataError: the step did not get that far, or the data registry does not have the data set.
     """
     record = read_records(str(run_dir / "records")).get(step, {})
     path = record.get("outputs", {}).get("paths", {}).get(artifact)
@@ -48,7 +50,25 @@ def find_artifact(run_dir: Path, step: str, artifact: str) -> Path:
         raise DataError(
             f"{run_dir}: step {step} left no {artifact} (it {record.get('status', 'did not run')}); see {run_dir / 'report.html'}"
         )
+    if (Path(path) / INFO).is_file():
+        _bring_shards(Path(path), run_dir.parent.parent)
     return Path(path)
+
+
+def _bring_shards(dataset: Path, workspace: Path) -> None:
+    from components.places import DELIVERY, POISONED, TRUSTED
+    from components.registry import fetch, find
+
+    info = read_info(dataset)
+    if all((dataset / name).is_file() for name in info.shards):
+        return
+    versions = (find(workspace, info.digest, kind=kind) for kind in (DELIVERY, TRUSTED, POISONED))
+    if (version := next(filter(None, versions), None)) is None:
+        raise DataError(f"{dataset}: its shards are neither there nor in the data registry of {workspace}; give the run's own workspace")
+    with tempfile.TemporaryDirectory(dir=dataset.parent) as folder:
+        fetch(version.tag, Path(folder) / "dataset", workspace=workspace)
+        for name in info.shards:
+            (Path(folder) / "dataset" / name).replace(dataset / name)
 
 
 def finish(run_dir: Path, succeeded: bool) -> dict[str, Any]:

@@ -5,25 +5,27 @@ cluster; compiled, most of it is a second YAML document. The embedded runner loo
 """
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kfp import dsl
 from kfp.dsl.structures import ResourceSpec
 
+from cbd.errors import ConfigError
 from cbd.keys import ENVIRONMENT
 from components.attestation import IMAGE as IMAGE_VARIABLE
 from components.records import IMAGE
 
 GPU_RESOURCE = "nvidia.com/gpu"
 WORKSPACE = "/workspace"
-"""Where the claim `cbd-workspace` lies in every step: records, log, registry and checkpoints, so that a lost node costs an epoch."""
-SIGNING_KEY = "/var/run/cbd/signing/key.pem"
+"""Where the claim `cbd-workspace` lies in every step: records and artifacts of runs, log, registry, digests of checkpoints."""
 SETTINGS = ("MLFLOW_TRACKING_URI",)
 MORE_SETTINGS = (
     "AWS_ENDPOINT_URL",
     "AWS_DEFAULT_REGION",
+    "CBD_CHECKPOINTS",
     "CBD_LOG",
     "CBD_LOG_HEADS",
     "CBD_REGISTRY_GIT",
@@ -31,11 +33,14 @@ MORE_SETTINGS = (
     "MLFLOW_EXPERIMENT_NAME",
 )
 """Keys of the ConfigMap `cbd-settings`, each under the name of its variable; these may be missing."""
+KEY, TRACKING, STORE = "cbd-signing-key", "cbd-tracking", "cbd-object-store"
+"""Secrets: what signs, the user of the tracking server, that of the object store."""
+SIGNING_KEY = "/var/run/cbd/signing/key.pem"
 SECRETS = {
-    "cbd-tracking": ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
-    "cbd-object-store": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+    TRACKING: ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+    STORE: ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
 }
-"""Secrets and their keys, each under the name of its variable. They may be missing: a workload identity needs none."""
+"""Keys of these, each under the name of its variable. They may be missing: a workload identity needs none."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +69,33 @@ RETRIES = {"num_retries": 3, "backoff_duration": "60s", "backoff_factor": 2.0, "
 class Overlay:
     """How one kind of cluster names its GPU nodes, and what keeps others off them."""
 
+    pool_label: str
+    """Of a node: the pool that it belongs to."""
     selector: dict[str, str]
+    """Labels of the GPU nodes, where no pool is named."""
     taints: dict[str, str] = field(default_factory=dict)
     """Tolerated taints beside that of the GPU, with their values."""
 
 
 OVERLAYS = {
-    "gke": Overlay({"cloud.google.com/gke-nodepool": "cbd-gpu"}, {"cloud.google.com/gke-spot": "true"}),
-    "eks": Overlay({"eks.amazonaws.com/nodegroup": "cbd-gpu"}),
-    "onprem": Overlay({"nvidia.com/gpu.present": "true"}),
+    "gke": Overlay("cloud.google.com/gke-nodepool", {"cloud.google.com/gke-nodepool": "cbd-gpu"}, {"cloud.google.com/gke-spot": "true"}),
+    "eks": Overlay("eks.amazonaws.com/nodegroup", {"eks.amazonaws.com/nodegroup": "cbd-gpu"}),
+    "onprem": Overlay("nvidia.com/gpu.product", {"nvidia.com/gpu.present": "true"}),
 }
+LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _CHOSEN: ContextVar[Overlay | None] = ContextVar("overlay", default=None)
+
+
+def find_overlay(name: str) -> Overlay:
+    """The overlay `KIND`, or `KIND:POOL` with that pool's nodes; raises ConfigError if there is none."""
+    kind, colon, pool = name.partition(":")
+    if kind not in OVERLAYS:
+        raise ConfigError(f"--overlay {name!r}: expected one of {', '.join(OVERLAYS)}, or one with a pool of GPU nodes, such as gke:POOL")
+    if not colon:
+        return OVERLAYS[kind]
+    if not LABEL_VALUE.fullmatch(pool):
+        raise ConfigError(f"--overlay {name!r}: {pool!r} is no value that the label {OVERLAYS[kind].pool_label} can have; name a pool")
+    return replace(OVERLAYS[kind], selector={OVERLAYS[kind].pool_label: pool})
 
 
 @contextlib.contextmanager
@@ -87,8 +108,8 @@ def chosen(overlay: Overlay | None) -> Iterator[None]:
         _CHOSEN.reset(before)
 
 
-def place(task: dsl.PipelineTask, needs: Needs) -> dsl.PipelineTask:
-    """The task, which gets what it needs; nothing is cached.
+def place(task: dsl.PipelineTask, needs: Needs, *secrets: str) -> dsl.PipelineTask:
+    """The task, which gets what it needs and these secrets, no others; nothing is cached.
 
     Resources are set as one: each of KFP's setters reads the source of the whole call stack for its error message, 30 ms a call.
     """
@@ -96,7 +117,7 @@ def place(task: dsl.PipelineTask, needs: Needs) -> dsl.PipelineTask:
     gpu = (GPU_RESOURCE, str(needs.gpus)) if needs.gpus else (None, None)
     task.container_spec.resources = ResourceSpec(*needs.cpu, *needs.memory, *gpu)
     if overlay := _CHOSEN.get():
-        _on_cluster(task, needs)
+        _on_cluster(task, needs, secrets)
         if needs.gpus:
             _on_gpu_nodes(task, overlay)
     return task
@@ -110,18 +131,19 @@ def retried(task: dsl.PipelineTask) -> dsl.PipelineTask:
     return task.set_retry(**RETRIES) if _CHOSEN.get() else task
 
 
-def _on_cluster(task: dsl.PipelineTask, needs: Needs) -> None:
+def _on_cluster(task: dsl.PipelineTask, needs: Needs, secrets: Sequence[str]) -> None:
     from kfp import kubernetes
 
-    task.container_spec.env = {IMAGE_VARIABLE: IMAGE, ENVIRONMENT: SIGNING_KEY}
+    task.container_spec.env = {IMAGE_VARIABLE: IMAGE} | ({ENVIRONMENT: SIGNING_KEY} if KEY in secrets else {})
     kubernetes.set_timeout(task, needs.timeout_seconds)
     kubernetes.set_security_context(task, run_as_non_root=True)
     kubernetes.mount_pvc(task, "cbd-workspace", WORKSPACE)
-    kubernetes.use_secret_as_volume(task, "cbd-signing-key", SIGNING_KEY.rpartition("/")[0])
+    if KEY in secrets:
+        kubernetes.use_secret_as_volume(task, KEY, SIGNING_KEY.rpartition("/")[0])
     kubernetes.use_config_map_as_env(task, "cbd-settings", {name: name for name in SETTINGS})
     kubernetes.use_config_map_as_env(task, "cbd-settings", {name: name for name in MORE_SETTINGS}, optional=True)
-    for secret, names in SECRETS.items():
-        kubernetes.use_secret_as_env(task, secret, {name: name for name in names}, optional=True)
+    for secret in sorted(SECRETS.keys() & secrets):
+        kubernetes.use_secret_as_env(task, secret, {name: name for name in SECRETS[secret]}, optional=True)
 
 
 def _on_gpu_nodes(task: dsl.PipelineTask, overlay: Overlay) -> None:

@@ -8,8 +8,9 @@ What shapes it, all tried on kfp 2.17.0:
 * Nothing outside an If can read an artifact from inside it. So `train_undefended` stands outside and does nothing unless it is asked to.
 * A dict parameter turns ints into floats and holds no null, so each step checks its section again.
 * Nothing is cached: KFP's cache looks at names and parameters, not at content, and a cached step would leave no record in this run.
-* Only steps that change nothing outside this run are retried: intake, canary, version, decision and registration write to the log, to git
-  or to MLflow's registry, and a second time would count as a second event.
+* Only steps that a second time change nothing outside this run are retried: intake, decision, registration and report write lines to the
+  log, which would count as second events. The version of a data set, and a canary's result, are there once whoever writes them again.
+* A step gets the secrets that it uses, and no others.
 """
 
 from kfp import dsl
@@ -26,12 +27,12 @@ from components.train_deconfounded import train_deconfounded_step
 from components.train_undefended import train_undefended_step
 from components.validate import validate_step
 from components.version import version_step
-from pipelines.overlays import DATA, SMALL, TRAINING, place, retried
+from pipelines.overlays import DATA, KEY, SMALL, STORE, TRACKING, TRAINING, place, retried
 
 
-def on_gpu(task: dsl.PipelineTask) -> dsl.PipelineTask:
+def on_gpu(task: dsl.PipelineTask, *secrets: str) -> dsl.PipelineTask:
     """The task, which trains or measures on a GPU and may do so again: it goes on from its checkpoint."""
-    return retried(place(task, TRAINING))
+    return retried(place(task, TRAINING, *secrets))
 
 
 @dsl.pipeline(name="retrain", description="From a delivery of untrusted images to a verdict, a model and evidence.")
@@ -84,7 +85,7 @@ def retrain(
         preset: name of the preset that the sections came from.
     """
     run = {"records": records, "workspace": workspace, "run_id": run_id}
-    report = place(report_step(**run), SMALL)
+    report = place(report_step(**run), SMALL, KEY, TRACKING, STORE)
     with dsl.ExitHandler(report, name="run"):
         taken = place(
             ingest_step(
@@ -101,6 +102,8 @@ def retrain(
                 **run,
             ),
             DATA,
+            KEY,
+            STORE,
         ).outputs
         with dsl.If(taken["Output"] == True, name="new"):  # noqa: E712 (an expression for KFP, not for Python)
             dataset = taken["dataset"]
@@ -109,14 +112,17 @@ def retrain(
             judged = {"policy": gate, "validation": validated["validation"], **sets, **run}
             with dsl.If(validated["Output"] == True, name="usable"):  # noqa: E712
                 committed = version_step(records=records, truth=taken["truth"], workspace=workspace, supplier=supplier, **sets)
-                versioned = place(committed, SMALL)
+                versioned = retried(place(committed, SMALL, KEY, STORE))
                 training = {"dataset": dataset, "seed": seed, "preset": preset, "model_params": model, **run}
                 stages = {"confounder_params": confounder, "deconfounded_params": deconfounded}
                 rehearsal = canary_step(canary_params=canary, trusted_set=sets["trusted_set"], **stages, **training)
-                rehearsed = place(rehearsal, TRAINING).after(versioned)
-                caught = on_gpu(train_confounder_step(confounder_params=confounder, **training)).after(versioned).outputs["confounder"]
-                trained = on_gpu(train_deconfounded_step(deconfounded_params=deconfounded, confounder=caught, **training)).outputs
-                undefended = on_gpu(train_undefended_step(enabled=baseline, deconfounded_params=deconfounded, **training)).after(versioned)
+                rehearsed = on_gpu(rehearsal, KEY, STORE).after(versioned)
+                views = train_confounder_step(confounder_params=confounder, **training)
+                caught = on_gpu(views, KEY, TRACKING, STORE).after(versioned).outputs["confounder"]
+                second = train_deconfounded_step(deconfounded_params=deconfounded, confounder=caught, **training)
+                trained = on_gpu(second, KEY, TRACKING, STORE).outputs
+                plain = train_undefended_step(enabled=baseline, deconfounded_params=deconfounded, **training)
+                undefended = on_gpu(plain, TRACKING, STORE).after(versioned)
                 evaluated = on_gpu(
                     evaluate_step(
                         name=name,
@@ -129,13 +135,17 @@ def retrain(
                         undefended=undefended.outputs["model"],
                         **sets,
                         **run,
-                    )
+                    ),
+                    KEY,
+                    TRACKING,
+                    STORE,
                 )
                 found = {"confounder": caught, "model": trained["model"], "trusted_set": taken["trusted_set"]}
-                searched = on_gpu(scan_step(records=records, workspace=workspace, seed=seed, gate=gate, **found)).after(evaluated)
+                scanning = scan_step(records=records, workspace=workspace, seed=seed, gate=gate, **found)
+                searched = on_gpu(scanning, KEY, STORE).after(evaluated)
                 measured = {"evaluation": evaluated.outputs["evaluation"], "canary": rehearsed.outputs["canary"]}
                 measured["scanned"] = searched.outputs["scanned"]
-                decided = place(decide_step(model=trained["model"], **measured, **judged), SMALL).outputs
+                decided = place(decide_step(model=trained["model"], **measured, **judged), SMALL, KEY, STORE).outputs
                 registered = {
                     "name": name,
                     "revision": versioned.outputs["revision"],
@@ -146,10 +156,10 @@ def retrain(
                     **run,
                 }
                 with dsl.If(decided["Output"] == "PASS", name="passed"):
-                    place(register_step(branch="promote", **registered), SMALL)
+                    place(register_step(branch="promote", **registered), SMALL, KEY, TRACKING, STORE)
                 with dsl.Elif(decided["Output"] == "REVIEW", name="to-review"):
-                    place(register_step(branch="hold", **registered), SMALL)
+                    place(register_step(branch="hold", **registered), SMALL, KEY, TRACKING, STORE)
                 with dsl.Else(name="not-passed"):
-                    place(register_step(branch="record", **registered), SMALL)
+                    place(register_step(branch="record", **registered), SMALL, KEY, TRACKING, STORE)
             with dsl.Else(name="unusable"):
-                place(refuse_step(**judged), SMALL)
+                place(refuse_step(**judged), SMALL, KEY, STORE)

@@ -39,6 +39,7 @@ class Cluster:
     image: str
     """NAME@sha256:DIGEST."""
     overlay: str
+    """KIND or KIND:POOL."""
     namespace: str = ""
     """On a server that serves several users."""
     service_account: str | None = None

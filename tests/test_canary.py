@@ -15,11 +15,13 @@ from cbd.config import Canary, Confounder, Deconfounded, Gate, Params
 from cbd.dataset import make_row, read_info, to_batches, write_dataset
 from cbd.errors import DataError
 from cbd.files import sha256_file, write_json
+from cbd.heads import read_log
 from cbd.images import encode_png
 from cbd.keys import ensure_key
 from cbd.measurements import read_canary
 from components.attempts import number_attempt
 from components.canary import CANARY, KEPT, canary, logged
+from components.canary import _keep as keep
 from components.registry import versions
 from pipelines.demo import load_scans
 
@@ -100,6 +102,14 @@ def test_another_trusted_set_has_a_canary_of_its_own(sets: Path, workspace: Path
     assert not canary(sets / "dataset", sets / "dataset", place, **about)["reused"]
     found = read_canary(json.loads((place / CANARY).read_text()))
     assert found.trusted_digest == read_info(sets / "dataset").digest
+
+
+def test_a_step_that_writes_its_result_again_leaves_one_line_in_the_log(tmp_path: Path) -> None:
+    named = {"config_sha256": "c" * 64, "data_digest": "d" * 64, "run_id": "r"}
+    kept = [keep(tmp_path, named, {"families": []}) for _ in range(2)]
+    keep(tmp_path, {**named, "run_id": "other"}, {"families": []})
+    assert kept[0] == kept[1]
+    assert [entry["data"]["run_id"] for entry in read_log(tmp_path)] == ["r", "other"]
 
 
 def test_without_a_canary_there_is_no_file_and_no_entry(sets: Path, tmp_path: Path) -> None:

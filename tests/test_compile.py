@@ -10,7 +10,7 @@ from cbd.errors import ConfigError
 from components import STEPS
 from components.records import IMAGE
 from pipelines.compile import FOLDER, GOLDEN, compile_pipeline, compiled_text
-from pipelines.overlays import OVERLAYS, RETRIES
+from pipelines.overlays import KEY, OVERLAYS, RETRIES, SIGNING_KEY, STORE, TRACKING
 
 PINNED = "registry.example/cbd@sha256:" + "0123456789abcdef" * 4
 
@@ -66,7 +66,8 @@ def test_an_overlay_changes_nothing_in_the_pipeline_but_two_variables_and_retrie
     compiled = next(yaml.safe_load_all(on_clusters[overlay]))
     for executor in compiled["deploymentSpec"]["executors"].values():
         told = {variable["name"]: variable["value"] for variable in executor["container"].pop("env")}
-        assert told == {"CBD_IMAGE": IMAGE, "CBD_SIGNING_KEY": "/var/run/cbd/signing/key.pem"}
+        assert told.pop("CBD_SIGNING_KEY", SIGNING_KEY) == SIGNING_KEY
+        assert told == {"CBD_IMAGE": IMAGE}
     for task in tasks(compiled).values():
         task.pop("retryPolicy", None)
     assert compiled == spec
@@ -97,8 +98,28 @@ def test_on_a_cluster_every_step_ends_in_time_is_no_root_and_gets_secrets_by_nam
         assert 0 < int(said["activeDeadlineSeconds"]) <= 24 * 3600
         assert said["securityContext"] == {"runAsNonRoot": True}
         assert [(claim["constant"], claim["mountPath"]) for claim in said["pvcMount"]] == [("cbd-workspace", "/workspace")]
-        assert [(secret["secretName"], secret["optional"]) for secret in said["secretAsVolume"]] == [("cbd-signing-key", False)]
-        assert {secret["secretName"] for secret in said["secretAsEnv"]} == {"cbd-tracking", "cbd-object-store"}
+        assert {(secret["secretName"], secret["optional"]) for secret in said.get("secretAsVolume", ())} <= {("cbd-signing-key", False)}
+
+
+GRANTED = {
+    "validate": set(),
+    "train_undefended": {TRACKING, STORE},
+    **{step: {KEY, STORE} for step in ("ingest", "version", "canary", "scan", "decide", "refuse")},
+    **{step: {KEY, TRACKING, STORE} for step in ("train_confounder", "train_deconfounded", "evaluate", "register", "report")},
+}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_on_a_cluster_a_step_gets_the_secrets_that_it_uses_and_no_others(on_clusters: dict[str, str], overlay: str) -> None:
+    compiled, settings = yaml.safe_load_all(on_clusters[overlay])
+    granted: dict[str, set[str]] = {}
+    for name, said in of_steps(settings).items():
+        secrets = [*said.get("secretAsVolume", ()), *said.get("secretAsEnv", ())]
+        step = name.rstrip("-0123456789").removesuffix("-step").replace("-", "_")
+        granted[step] = {secret["secretName"] for secret in secrets}
+        env = {each["name"] for each in compiled["deploymentSpec"]["executors"][f"exec-{name}"]["container"]["env"]}
+        assert ("CBD_SIGNING_KEY" in env) == (KEY in granted[step])
+    assert granted == GRANTED
 
 
 def test_no_parameter_could_hold_a_secret(spec: dict[str, Any]) -> None:
@@ -114,11 +135,15 @@ def test_every_step_says_what_it_takes(spec: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_only_steps_that_leave_no_trace_outside_the_run_are_retried_and_with_a_back_off(on_clusters: dict[str, str], overlay: str) -> None:
+def test_only_steps_that_a_second_time_change_nothing_outside_the_run_are_retried_and_with_a_back_off(
+    on_clusters: dict[str, str], overlay: str
+) -> None:
     spec = next(yaml.safe_load_all(on_clusters[overlay]))
     policies = {name.rstrip("-0123456789").removesuffix("-step"): task.get("retryPolicy") for name, task in tasks(spec).items()}
     assert {name for name, policy in policies.items() if policy} == {
         "validate",
+        "version",
+        "canary",
         "train-confounder",
         "train-deconfounded",
         "train-undefended",
@@ -188,9 +213,26 @@ def test_as_manifests_the_same_pipeline_is_the_same_version_and_another_image_an
     assert names[0] == names[1] != names[2] and (tmp_path / "0.yaml").read_bytes() == (tmp_path / "1.yaml").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("overlay", "labels"),
+    [
+        ("gke:a100-spot", {"cloud.google.com/gke-nodepool": "a100-spot"}),
+        ("onprem:NVIDIA-H200", {"nvidia.com/gpu.product": "NVIDIA-H200"}),
+    ],
+)
+def test_an_overlay_with_a_pool_sends_training_to_the_nodes_of_that_pool(tmp_path: Path, overlay: str, labels: dict[str, str]) -> None:
+    compile_pipeline(tmp_path / "retrain.yaml", overlay=overlay)
+    settings = of_steps(list(yaml.safe_load_all((tmp_path / "retrain.yaml").read_text()))[1])
+    assert settings["canary-step"]["nodeSelector"]["labels"] == labels
+    assert "nodeSelector" not in settings["decide-step"]
+
+
 def test_an_unknown_overlay_or_manifests_without_an_image_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--overlay 'aks': expected one of gke, eks, onprem"):
         compile_pipeline(tmp_path / "retrain.yaml", overlay="aks")
+    for pool in ("", "two words", "-a", "a" * 64):
+        with pytest.raises(ConfigError, match="is no value that the label cloud.google.com/gke-nodepool can have"):
+            compile_pipeline(tmp_path / "retrain.yaml", overlay=f"gke:{pool}")
     with pytest.raises(ConfigError, match="name the image too"):
         compile_pipeline(tmp_path / "retrain.yaml", overlay="gke", manifest=True)
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import os
 import stat
 from pathlib import Path
 
@@ -74,6 +75,17 @@ def test_a_key_that_others_may_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "keys" / "signing.pem").chmod(0o644)
     with pytest.raises(DataError, match="chmod 600"):
         ensure_key(tmp_path)
+
+
+def test_a_key_on_a_read_only_file_system_as_a_clusters_secret_is_taken_as_it_is_mounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Secret is root's and has mode 0644: nobody else is in the container, and no one could change the mode."""
+    key = ensure_key(tmp_path)
+    (tmp_path / "keys" / "signing.pem").chmod(0o644)
+    mounted = os.statvfs_result([*os.statvfs(tmp_path)[:8], os.ST_RDONLY, 255])
+    monkeypatch.setattr(os, "statvfs", lambda path: mounted)
+    assert ensure_key(tmp_path).private_numbers() == key.private_numbers()
 
 
 def test_a_key_of_another_kind_is_refused(tmp_path: Path) -> None:

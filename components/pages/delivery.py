@@ -17,8 +17,8 @@ from components.pages import View, absent
 from components.pages.measures import evidence, truth
 from components.pages.text import clip, count, number, of, percent, size
 from components.summary import Run
+from components.train_deconfounded import GALLERY, SHOWN
 
-GALLERY = 48
 ROWS = 200
 CLASSES = 60
 SIDE = 96
@@ -31,8 +31,8 @@ def gallery(run: Run) -> View:
     """The most suspicious training images by rank, with what was claimed and what the deconfounded model sees."""
     table, folder = evidence(run), _dataset(run)
     names = _labels(folder)
-    order = np.argsort(table["rank"], kind="stable")[:GALLERY]
-    pictures = read_images(folder, [str(table["sample_id"][i]) for i in order])
+    order = np.argsort(table["rank"], kind="stable")[:SHOWN]
+    pictures = _pictures(run, folder, [str(table["sample_id"][i]) for i in order])
     known = truth(run)
     roles = dict(zip(known.sample_ids, known.roles, strict=True)) if known else {}
     cards = []
@@ -41,6 +41,15 @@ def gallery(run: Run) -> View:
         role = roles.get(row["sample_id"])
         cards.append(_card(row, names, picture=picture(pictures.get(row["sample_id"])), role=role) | {"place": place})
     return {"cards": cards, "suspects": of(int(table["suspect"].sum()), len(table["rank"])), "roles": _hits(cards)}
+
+
+def _pictures(run: Run, dataset: Path, sample_ids: list[str]) -> dict[str, bytes]:
+    """The original bytes by sample id: from the gallery beside the evidence; from the data set where an older version wrote none."""
+    path = run.path("train_deconfounded", "evidence", GALLERY)
+    if path is None or not path.is_file():
+        return read_images(dataset, sample_ids)
+    table = pq.read_table(path)
+    return dict(zip(table["sample_id"].to_pylist(), table["image"].to_pylist(), strict=True))
 
 
 def patterns(run: Run) -> View:
