@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cbd.bundle import BundleCard
-from cbd.errors import ConfigError, DataError
+from cbd.errors import ConfigError, naming
 from cbd.keys import read_trusted_keys
 from cbd.signed_model import check_model, check_verdict, copy_signed
 
@@ -40,10 +40,8 @@ def load(bundle: str | os.PathLike[str], *, trust: str | os.PathLike[str] | None
     folder, keys = Path(bundle), read_trusted_keys(Path(named))
     with tempfile.TemporaryDirectory() as private:
         copied = copy_signed(folder, Path(private) / "model", told=str(folder))
-        try:
+        with naming({copied: str(folder)}):
             check_verdict(check_model(copied, keys), "champion", told=str(folder))
-        except DataError as error:
-            raise DataError(str(error).replace(str(copied), str(folder))) from None
         from cbd.models import load_model
 
         return load_model(copied)

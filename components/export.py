@@ -8,7 +8,7 @@ from cbd.attest import STATEMENT, resources, seal
 from cbd.bundle import CARD, WEIGHTS
 from cbd.chain import BOM
 from cbd.decision import DECISION, SIGNATURE, SignedDecision
-from cbd.errors import DataError
+from cbd.errors import DataError, naming
 from cbd.exported import ATTESTATIONS, DATA, EXPORT, MANIFEST, REPORT, expected_files, verify_export
 from cbd.files import replacing, sha256_file
 from cbd.heads import walk
@@ -55,10 +55,8 @@ def export_run(run_dir: Path, workspace: Path, out: Path) -> dict[str, Any]:
             shutil.copyfile(source, temporary / name)
         (temporary / LOG_SLICE).write_bytes(make_slice(((line.entry, line.leaf) for line in lines), head, signed))
         write_manifest(temporary, signed, workspace)
-        try:
+        with naming({temporary: f"run {signed.content['run_id']} does not hold: {out}"}):
             return verify_export(temporary, [load_public_key(workspace)])
-        except DataError as error:
-            raise DataError(f"run {signed.content['run_id']} does not hold: {str(error).replace(str(temporary), str(out))}") from None
 
 
 def write_manifest(folder: Path, signed: SignedDecision, workspace: Path) -> None:

@@ -23,8 +23,7 @@ class CheckedRun:
 
     folder: Path
     evidence: Evidence
-    inventory: Inventory | None
-    """None: the run was never closed."""
+    inventory: Inventory
 
     @property
     def run_id(self) -> str:
@@ -32,28 +31,27 @@ class CheckedRun:
 
     def artifact(self, name: str) -> Path | None:
         """Where an artifact (`<step>/<name>`) lies; None where the run has none."""
-        place = self.inventory.artifacts.get(name) if self.inventory else None
+        place = self.inventory.artifacts.get(name)
         return self.folder / place if place else None
 
     def sha256(self, path: Path) -> str | None:
         """SHA-256 of a file as the inventory, which was checked, says; None if it is not in it."""
-        return self.inventory.files.get(path.relative_to(self.folder).as_posix()) if self.inventory else None
+        return self.inventory.files.get(path.relative_to(self.folder).as_posix())
 
 
 def check_run(folder: Path, evidence: Evidence) -> Iterator[str]:
     """Checks all that a run left behind against the log, in the order of `RUN_CHECKS`.
 
     Raises:
-        DataError: names the first thing that is missing or altered.
+        DataError: names the first thing that is missing or altered; or the run was never closed, so that nothing sealed its files.
     """
     if folder.name not in evidence.runs:
         raise DataError(f"{folder}: the log of {evidence.workspace} says nothing of a run {folder.name}; give the run's own workspace")
     closed = evidence.last(folder.name, "closed")
-    run = CheckedRun(folder, evidence, check_inventory(folder, closed["inventory_sha256"]) if closed else None)
-    if run.inventory:
-        yield f"files: {len(run.inventory.files)} are as they were when the run was closed"
-    else:
-        yield "files: not checked, the run was never closed"
+    if not closed:
+        raise DataError(f"{folder}: was never closed: nothing sealed its files, and they prove nothing; let it end, or run it again")
+    run = CheckedRun(folder, evidence, check_inventory(folder, closed["inventory_sha256"]))
+    yield f"files: {len(run.inventory.files)} are as they were when the run was closed"
     for check in RUN_CHECKS:
         yield from check(run)
 
@@ -74,9 +72,8 @@ def _check_page(run: CheckedRun) -> Iterator[str]:
 def _check_decision(run: CheckedRun) -> Iterator[str]:
     told = run.evidence.last(run.run_id, "decision")
     folder = run.artifact("decide/decision")
-    if not told or run.inventory is None:
-        why = "the run was never closed" if run.inventory is None else "the run ended without one"
-        yield f"decision: {'not checked' if told else 'none'}, {why}"
+    if not told:
+        yield "decision: none, the run ended without one"
         return
     if folder is None:
         raise DataError(

@@ -17,7 +17,7 @@ from cbd.audit import LOG
 from cbd.bundle import CARD, WEIGHTS, read_card
 from cbd.config import canonical_json
 from cbd.decision import DECISION
-from cbd.errors import ConfigError, DataError
+from cbd.errors import ConfigError, DataError, naming
 from cbd.files import locked, replacing
 from cbd.heads import walk
 from cbd.keys import load_public_key
@@ -77,9 +77,11 @@ def register_bundle(bundle: Path, decision: Path, *, workspace: Path, name: str,
         EnvironmentFault: MLflow is out of reach.
     """
     with tempfile.TemporaryDirectory() as staging, client(workspace) as mlflow:
-        for file in FILES:
-            shutil.copyfile(find_file(bundle if file in (WEIGHTS, CARD) else decision, file), Path(staging) / file)
-        _verify_bundle(Path(staging), workspace)
+        sources = {Path(staging) / file: find_file(bundle if file in (WEIGHTS, CARD) else decision, file) for file in FILES}
+        for copy, source in sources.items():
+            shutil.copyfile(source, copy)
+        with naming({copy: str(source) for copy, source in sources.items()} | {Path(staging): str(bundle)}):
+            _verify_bundle(Path(staging), workspace)
         run = open_run(workspace, tags["cbd.run_id"])
         experiment = mlflow.get_run(run).info.experiment_id
         model = mlflow.create_logged_model(experiment, name=name, source_run_id=run, tags=dict(tags), model_type="safetensors bundle")
@@ -173,7 +175,8 @@ def _fetch_version(uri: str, name: str, alias: str | None, version: str | None, 
             _check_alias(moves, name, alias, version)
         fetched = Path(download_artifacts(artifact_uri=source, dst_path=staging, tracking_uri=tracking_uri(workspace)))
         staged = copy_signed(fetched, Path(staging) / "bundle", told=f"{uri} in the registry")
-        digest = _verify_bundle(staged, workspace, alias, demanded(moves, alias) if alias else None)
+        with naming({staged: f"{uri} in the registry"}):
+            digest = _verify_bundle(staged, workspace, alias, demanded(moves, alias) if alias else None)
         _check_registered(moves, version, digest, uri)
         target = workspace / "fetched" / digest
         with locked(workspace / LOCK):

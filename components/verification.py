@@ -16,8 +16,12 @@ from components.registered import check_registry
 from components.run_checks import check_run
 
 
+class Unverified(str):
+    """A sentence that names what was not checked, and proves nothing."""
+
+
 def verify_all(workspace: Path, *, trusted: Sequence[PublicKey] = ()) -> Iterator[str]:
-    """A sentence for everything in a workspace that holds; runs in the order of their names.
+    """A sentence for everything in a workspace that holds; runs in the order of their names. What cannot be checked is `Unverified`.
 
     Raises:
         DataError: names the first thing that is missing or altered.
@@ -28,12 +32,14 @@ def verify_all(workspace: Path, *, trusted: Sequence[PublicKey] = ()) -> Iterato
     yield from check_workspace(evidence)
     folders = sorted(path for path in (workspace / "runs").glob("*") if path.is_dir())
     for folder in folders:
-        if folder.name in evidence.runs:
+        if evidence.last(folder.name, "closed"):
             yield from (f"{folder.name}: {sentence}" for sentence in check_run(folder, evidence))
+        elif folder.name in evidence.runs:
+            yield Unverified(f"{folder.name}: NOT VERIFIED: the run was never closed, nothing sealed its files")
         else:
-            yield f"{folder.name}: not checked, it ended before the log heard of it"
+            yield Unverified(f"{folder.name}: NOT VERIFIED: the run ended before the log heard of it")
     if gone := sorted({name for name in evidence.runs if evidence.last(name, "closed")} - {folder.name for folder in folders}):
-        yield f"gone: {len(gone)} runs that the log knows have no folder any more, such as {gone[0]}: their files were not checked"
+        yield Unverified(f"gone: NOT VERIFIED: {len(gone)} runs that the log knows have no folder any more, such as {gone[0]}")
 
 
 def verify_run(folder: Path, workspace: Path, *, trusted: Sequence[PublicKey] = ()) -> Iterator[str]:

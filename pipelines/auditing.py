@@ -69,6 +69,8 @@ def audit() -> None:
 def verify(subject: str | None, everything: bool, trust: tuple[Path, ...], since: Path | None, workspace: Path, as_json: bool) -> int:
     """Check every signature, digest, head and proof, offline; the first thing that is wrong is named, and the exit code is not 0.
 
+    A run that was never closed is refused by its name; of a whole workspace it is told as NOT VERIFIED, and counted apart.
+
     RUN is a run id or its folder, PROOF a file that `cbd audit prove` wrote, DIR a folder that `cbd audit export` wrote.
     """
     from pipelines import exporting
@@ -81,11 +83,15 @@ def verify(subject: str | None, everything: bool, trust: tuple[Path, ...], since
 
     if subject and everything:
         raise ConfigError(f"{subject}: goes without --all; name a run, or take the whole workspace")
-    num_checks = 0
-    for num_checks, sentence in enumerate(evidence.verify(subject, workspace, trust=trust, since=since), 1):  # noqa: B007 (counted after the loop)
+    from components.verification import Unverified
+
+    found = {True: 0, False: 0}
+    for sentence in evidence.verify(subject, workspace, trust=trust, since=since):
+        found[not isinstance(sentence, Unverified)] += 1
         if not as_json:
             print(printable(sentence))
-    return tell({"verified": True, "num_checks": num_checks}, as_json, f"cbd audit show{_place(workspace)}")
+    outputs = {"verified": True, "num_checks": found[True], "num_unverified": found[False]}
+    return tell(outputs, as_json, f"cbd audit show{_place(workspace)}")
 
 
 @audit.command()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from cbd.dataset import read_info
 from cbd.errors import CbdError, ConfigError, DataError
 from components.register import register, register_step
 from components.registry import fetch
-from components.tracking import champion_bundle, fetch_model, registered_name
+from components.tracking import champion_bundle, fetch_model, register_bundle, registered_name
 from components.tracking_store import client
 
 Make = Callable[..., dict[str, Any]]
@@ -339,3 +340,16 @@ def test_a_run_that_does_not_hold_what_was_accepted_meanwhile_gets_no_alias(work
     assert enter_on(first, "")["version"] == "1", "registering the same again is no other run"
     accepted = read_info(first.subject.dataset).digest
     assert enter_on(second, accepted)["version"] == "2"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json", "decision.sig", "model.sig"])
+def test_what_does_not_verify_is_named_where_it_lies_and_not_by_a_temporary_path(workspace: Path, make_evaluation: Make, name: str) -> None:
+    case = decided(workspace, make_evaluation)
+    file = next(path for path in (case.bundle / name, case.decision / name) if path.is_file())
+    tags = {"cbd.run_id": case.run_id, "cbd.model_digest": "x", "cbd.decision_digest": "x"}
+    file.write_bytes(file.read_bytes()[:-3] + b"xyz")
+    with pytest.raises(DataError) as caught:
+        register_bundle(case.bundle, case.decision, workspace=workspace, name="model", tags=tags)
+    told = str(caught.value)
+    assert str(case.bundle) in told or str(case.decision) in told
+    assert tempfile.gettempdir() + "/tmp" not in told and "\n" not in told and versions(workspace) == []

@@ -21,7 +21,7 @@ from cbd.heads import HEADS
 from cbd.keys import ensure_key, read_public_key, sign
 from components.git import git
 from components.keyring import rotate_key
-from components.verification import verify_all, verify_run
+from components.verification import Unverified, verify_all, verify_run
 from pipelines.evidence import place_of
 from pipelines.options import WORKSPACE
 
@@ -201,14 +201,30 @@ def test_a_decision_by_a_revoked_key_is_refused(workspace: Path) -> None:
     refused(workspace, "the signature is not this workspace's key")
 
 
+def test_the_command_line_refuses_a_run_that_was_never_closed_and_counts_it_apart(
+    workspace: Path, make_evaluation: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(workspace, make_evaluation, "run-3", weight=3.0, per_class=3)
+    code, _, err = cbd(capsys, "audit", "verify", "run-3", "--workspace", str(workspace))
+    assert code == 2 and "run-3: was never closed" in err
+    code, out, _ = cbd(capsys, "audit", "verify", "--all", "--workspace", str(workspace), "--json")
+    told = json.loads(out)
+    assert (code, told["verified"], told["num_unverified"]) == (0, True, 1)
+    assert told["num_checks"] == sum(not isinstance(sentence, Unverified) for sentence in verify_all(workspace)) + 1
+
+
 def test_a_run_that_was_never_closed_or_has_no_folder_is_told(workspace: Path, make_evaluation: Make) -> None:
     make_run(workspace, make_evaluation, "run-3", weight=3.0, per_class=3)
     (workspace / "runs" / "run-4").mkdir()
     shutil.rmtree(workspace / "runs" / "run-1")
     told = list(verify_all(workspace))
-    assert "run-3: files: not checked, the run was never closed" in told
-    assert "run-4: not checked, it ended before the log heard of it" in told
-    assert told[-1].startswith("gone: 1 runs that the log knows have no folder any more, such as run-1")
+    assert [sentence for sentence in told if isinstance(sentence, Unverified)] == [
+        "run-3: NOT VERIFIED: the run was never closed, nothing sealed its files",
+        "run-4: NOT VERIFIED: the run ended before the log heard of it",
+        "gone: NOT VERIFIED: 1 runs that the log knows have no folder any more, such as run-1",
+    ]
+    with pytest.raises(DataError, match="run-3: was never closed: nothing sealed its files"):
+        list(verify_run(workspace / "runs" / "run-3", workspace))
     with pytest.raises(DataError, match="says nothing of a run run-4"):
         list(verify_run(workspace / "runs" / "run-4", workspace))
 
