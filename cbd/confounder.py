@@ -1,7 +1,9 @@
 """Stage 1a: the confounder, trained just long enough to hold a backdoor, and its loss on every sample."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 
 from cbd.config import Confounder as Settings
 from cbd.config import Params
+from cbd.distributed import spread
 from cbd.models import Network, make_model
 from cbd.training import OnEpoch, Session, augment, autocast, batches, make_sgd, mean_measures, recalibrate, sample_losses
 
@@ -53,7 +56,7 @@ def train_confounder(
     generator = torch.Generator().manual_seed(params.seed)
     model = make_model(params.model.architecture, num_classes=num_classes, image_size=params.model.image_size, generator=generator)
     model.to(images.device).train()
-    optimizer = make_sgd(model, settings)
+    optimizer, forward = make_sgd(model, settings), spread(model)
     steps_per_epoch = max(1, num // settings.batch_size)
     tables = {name: torch.zeros(num, device=images.device) for name in ("log_losses", "passes")}
     session = Session({"model": model}, {"sgd": optimizer}, generator, tables)
@@ -64,7 +67,7 @@ def train_confounder(
         for step, chosen in enumerate(batches(num, settings.batch_size, generator=generator), first + 1):
             if step > steps:
                 break
-            losses, accuracy = _step(model, optimizer, images[chosen], labels[chosen], params=params, generator=generator)
+            losses, accuracy = _step(forward, optimizer, images[chosen], labels[chosen], params=params, generator=generator)
             session.tables["log_losses"][chosen] += _log(losses)
             session.tables["passes"][chosen] += 1
             measured.append((losses.mean(), accuracy))
@@ -101,13 +104,13 @@ def _log(losses: Tensor) -> Tensor:
 
 
 def _step(
-    model: Network, optimizer: torch.optim.SGD, view: Tensor, given: Tensor, *, params: Params, generator: torch.Generator
+    forward: Callable[[Tensor], Any], optimizer: torch.optim.SGD, view: Tensor, given: Tensor, *, params: Params, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step; the losses [B] of the batch before it, and its accuracy, a scalar."""
     if params.confounder.augment:
         view = augment(view, crop=params.model.scaled(4), flip=False, cutout=0, generator=generator)
     with autocast(view.device):
-        logits = model(view)[0].float()
+        logits = forward(view)[0].float()
     losses = F.cross_entropy(logits, given, reduction="none")
     optimizer.zero_grad()
     losses.mean().backward()  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cbd.config import Deconfounded, Params
+from cbd.distributed import by_shares, spread
 from cbd.evidence import BELIEVED
 from cbd.losses import Critic, derangement, distance_correlation, hsic, sample_weight, wasserstein_dependence
 from cbd.models import Network, make_model
@@ -64,6 +66,7 @@ def train_deconfounded(
     generator = torch.Generator().manual_seed(params.seed + 2)
     model = make_model(params.model.architecture, num_classes=num_classes, image_size=params.model.image_size, generator=generator)
     model.to(images.device).train()
+    forward = spread(model)
     models: dict[str, nn.Module] = {"model": model}
     optimizers: dict[str, torch.optim.Optimizer] = {"sgd": make_sgd(model, settings)}
     objective = _Objective(settings, evidence, images, generator)
@@ -88,7 +91,7 @@ def train_deconfounded(
             crop, cutout = params.model.scaled(settings.crop), params.model.scaled(settings.cutout)
             view = augment(images[chosen], crop=crop, flip=settings.flip, cutout=cutout, noise=noise, generator=generator)
             with autocast(images.device):
-                logits, embedding = (output.float() for output in model(view))
+                logits, embedding = (output.float() for output in forward(view))
             batch = Batch(chosen, labels[chosen], view, logits, embedding, session.tables["weight"], done)
             loss = objective(batch, critic_step=optimizers.get("critic"))
             optimizers["sgd"].zero_grad()
@@ -160,7 +163,7 @@ class _Objective:
         self.augmented = evidence is not None and settings.confounder_view == "augmented"
         self.stored: Tensor | None = None
         if evidence is not None and evidence.confounder is not None and settings.mi_weight and not self.augmented:
-            self.stored = embeddings(evidence.confounder, images)  # r once for all epochs: the confounder is frozen
+            self.stored = by_shares(partial(embeddings, evidence.confounder), images)  # r once for all epochs: the confounder is frozen
 
     def make_critic(self, model: Network, confounder: Network) -> Critic:
         """The critic, initialised from the generator."""
@@ -189,7 +192,7 @@ class _Objective:
         if not self.augmented or evidence.confounder is None:
             return evidence.losses[batch.chosen], None if self.stored is None else self.stored[batch.chosen]
         with torch.no_grad(), autocast(batch.view.device):
-            logits, r = (output.float() for output in evidence.confounder(batch.view))
+            logits, r = (output.float() for output in by_shares(evidence.confounder, batch.view))
         return F.cross_entropy(logits, batch.given, reduction="none"), r
 
     def _weight(self, evidence: Evidence, own: Tensor, theirs: Tensor, batch: Batch) -> Tensor:
@@ -223,7 +226,7 @@ def _judge_samples(
     model: Network, images: Tensor, labels: Tensor, evidence: Evidence | None, settings: Deconfounded, session: Session
 ) -> Trained:
     """Where training left every sample, on its stored view."""
-    logits = predict(model, images)
+    logits = by_shares(partial(predict, model), images)
     final = F.cross_entropy(logits, labels, reduction="none")
     weights = torch.ones_like(final)
     if evidence is not None and settings.weight == "isolation":

@@ -11,6 +11,7 @@ poison at first and less and less of it. Then it flies once more, without everyt
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cbd.config import Params
+from cbd.distributed import by_shares, spread
 from cbd.evidence import reversal
 from cbd.models import make_model
 from cbd.training import OnEpoch, Session, augment, autocast, batches, make_sgd, mean_measures, predict, recalibrate
@@ -118,6 +120,7 @@ def train_pilot(
     model = make_model(params.model.architecture, num_classes=num_classes, image_size=params.model.image_size, generator=generator)
     model.to(device).train()
     optimizer = make_sgd(model, settings.model_copy(update={"learning_rate": settings.pilot_learning_rate, "weight_decay": 5e-4}))
+    forward = spread(model)
     steps_per_epoch = max(1, num // settings.batch_size)
     epochs = -(-steps // steps_per_epoch)
     images = coarse_views(images)
@@ -137,7 +140,7 @@ def train_pilot(
             weight = learned[chosen] * (1 - suspicion(losses[chosen], running)) ** 4
             view = augment(images[chosen], crop=params.model.scaled(4), flip=False, cutout=0, generator=generator)
             with autocast(device):
-                logits = model(view)[0].float()
+                logits = forward(view)[0].float()
             session.tables["preference"][chosen] = remember(running, preference(logits.detach(), labels[chosen]))
             adjusted = logits + log_prior
             loss = (weight * F.cross_entropy(adjusted, labels[chosen], reduction="none")).mean()
@@ -149,7 +152,7 @@ def train_pilot(
         session.finish_epoch(checkpoint, key=key, measures={**reached, **mean_measures(measured)})
         on_epoch(session.epoch, epochs, session.history[-1])
     recalibrate(model, images, generator=generator)
-    logits = predict(model, images)
+    logits = by_shares(partial(predict, model), images)
     seen = preference(logits, labels)
     return Pilot(remember(session.tables["preference"], seen).cpu(), logits.cpu(), counts.cpu(), session.history)
 

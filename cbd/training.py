@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 from cbd.config import Confounder, Deconfounded
+from cbd.distributed import agree, by_shares, is_first
+from cbd.errors import EnvironmentFault
 from cbd.files import replacing
 
 OnEpoch = Callable[[int, int, dict[str, float]], None]
@@ -58,7 +60,12 @@ class Session:
     epoch: int = 0
 
     def save(self, path: Path, *, key: str) -> None:
-        """Writes the whole state to `path`, whole or not at all; `key` names the data and parameters it belongs to."""
+        """Writes the whole state to `path`, whole or not at all; `key` names the data and parameters it belongs to.
+
+        Of processes that train together, which all have the same state, the first one writes.
+        """
+        if not is_first():
+            return
         tensors = {"generator": self.generator.get_state()} | {f"table/{name}": table for name, table in self.tables.items()}
         for name, model in self.models.items():
             tensors |= {f"model/{name}/{part}": tensor for part, tensor in model.state_dict().items()}
@@ -76,7 +83,17 @@ class Session:
         self.save(path, key=key)
 
     def resume(self, path: Path, *, key: str) -> bool:
-        """Whether a saved state of the same `key` stood at `path` and was restored."""
+        """Whether a saved state of the same `key` stood at `path` and was restored.
+
+        Raises:
+            EnvironmentFault: processes that train together found different states.
+        """
+        restored = self._restore(path, key=key)
+        if not agree(self.epoch):
+            raise EnvironmentFault(f"{path}: not the same file for all processes; give them one folder of checkpoints that all can read")
+        return restored
+
+    def _restore(self, path: Path, *, key: str) -> bool:
         if not path.is_file():
             return False
         with safe_open(path, framework="pt") as file:
@@ -170,8 +187,8 @@ def recalibrate(model: nn.Module, images: Tensor, *, generator: torch.Generator,
 
 
 def sample_losses(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of every sample on its stored view: float32 [N]."""
-    return F.cross_entropy(predict(model, images), labels, reduction="none")
+    """Cross-entropy of every sample on its stored view: float32 [N]; processes that train together share the work."""
+    return F.cross_entropy(by_shares(partial(predict, model), images), labels, reduction="none")
 
 
 def make_sgd(model: nn.Module, settings: Confounder | Deconfounded) -> torch.optim.SGD:
