@@ -12,14 +12,19 @@ from cbd.keys import PublicKey
 
 BOM = "bom.cdx.json"
 KINDS = {
+    "validate": TEST_RESULT,
     "version": PROVENANCE,
+    "canary": PROVENANCE,
     "train_confounder": PROVENANCE,
     "train_deconfounded": PROVENANCE,
+    "train_undefended": PROVENANCE,
     "evaluate": TEST_RESULT,
     "scan": TEST_RESULT,
     "decide": SUMMARY,
 }
 """Which steps attest, and with which predicate."""
+ON_DEMAND = "train_undefended"
+"""Attests where it ran, which no decision tells; `decide` names its attestation then."""
 
 
 class Chain(NamedTuple):
@@ -36,8 +41,10 @@ class Chain(NamedTuple):
 
 
 def steps_of(digests: Mapping[str, Any]) -> tuple[str, ...]:
-    """Which steps attested in a run whose decision has these digests: all, or `decide` alone where validation stopped it."""
-    return tuple(KINDS) if digests["model"] is not None else ("decide",)
+    """Which steps attested in a run whose decision has these digests, but `ON_DEMAND`; few, where validation stopped it."""
+    if digests["model"] is None:
+        return ("validate", "decide")
+    return tuple(step for step in KINDS if step != ON_DEMAND and (step != "canary" or digests["canary"] is not None))
 
 
 def read_chain(folder: Path, signed: SignedDecision, keys: Sequence[PublicKey], *, bom: str | None) -> Chain:
@@ -47,7 +54,8 @@ def read_chain(folder: Path, signed: SignedDecision, keys: Sequence[PublicKey], 
         DataError: one is missing, malformed, or not signed by one of the keys.
     """
     statements, envelopes = {}, {}
-    for step in steps_of(signed.content["digests"]):
+    asked = (ON_DEMAND,) if (folder / f"{ON_DEMAND}.json").is_file() else ()
+    for step in (*asked, *steps_of(signed.content["digests"])):
         path = folder / f"{step}.json"
         if not path.is_file() or path.is_symlink():
             raise DataError(f"{path}: missing; expected the attestation of step {step}, restore it")
@@ -76,6 +84,7 @@ def check_chain(chain: Chain) -> None:
     if (found := digests_in(summed["predicate"].get("inputAttestations"))) != inputs:
         name = min(set(found.items()) ^ set(inputs.items()))[0]
         raise DataError(f"{chain.folder / name}: not the attestation that the verdict was given on; restore it")
+    _check_measured(chain, "validate", {"dataset": digests["data"], "validation.json": digests["validation"]}, {})
     if digests["model"] is not None:
         _check_training(chain)
 
@@ -96,10 +105,21 @@ def _check_training(chain: Chain) -> None:
     _match_all(chain, "train_deconfounded", stated["train_deconfounded"]["subject"], {"model": digests["model"]})
     used = {"dataset": digests["data"], "confounder": confounder}
     _match_all(chain, "train_deconfounded", _materials(stated["train_deconfounded"]), used)
+    if ON_DEMAND in stated:
+        _match_all(chain, ON_DEMAND, _materials(stated[ON_DEMAND]), {"dataset": digests["data"]})
+    if "canary" in stated:
+        _match_all(chain, "canary", stated["canary"]["subject"], {"canary.json": digests["canary"]})
+        _match_all(chain, "canary", _materials(stated["canary"]), of_set)
     for step, file in (("evaluate", "evaluation"), ("scan", "scan")):
-        _match_all(chain, step, stated[step]["subject"], {"model": digests["model"], f"{file}.json": digests[file]})
-        wanted = {"policy": chain.signed.content["policy_sha256"], **of_set}
-        _match_all(chain, step, stated[step]["predicate"].get("configuration"), wanted)
+        subjects = {"model": digests["model"], f"{file}.json": digests[file]}
+        _check_measured(chain, step, subjects, {"policy": chain.signed.content["policy_sha256"]})
+
+
+def _check_measured(chain: Chain, step: str, subjects: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
+    """Raises unless a step measured these, on the trusted set."""
+    stated, wanted = chain.statements[step], {"trusted set": chain.signed.content["digests"]["trusted"], **configuration}
+    _match_all(chain, step, stated["subject"], subjects)
+    _match_all(chain, step, stated["predicate"].get("configuration"), wanted)
 
 
 def _match_all(chain: Chain, step: str, listed: Any, expected: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from cbd.attest import MAX_BYTES, Statement, digests_in, unseal
 from cbd.bundle import CARD
-from cbd.chain import BOM, check_chain, match, read_chain, steps_of
+from cbd.chain import BOM, ON_DEMAND, check_chain, match, read_chain, steps_of
 from cbd.config import canonical_json, description_digest
 from cbd.decision import DECISION, SignedDecision, open_decision
 from cbd.errors import DataError
@@ -74,7 +74,7 @@ def verify_export(folder: Path, keys: Sequence[PublicKey]) -> dict[str, Any]:
 
 
 def expected_files(digests: Mapping[str, Any]) -> set[str]:
-    """All files of the export of a decision with these digests, but the manifest."""
+    """All files of the export of a decision with these digests, but the manifest and the attestation of `ON_DEMAND`."""
     measured = {f"{MEASUREMENTS}/{name}.json" for name in MEASURED if digests[name] is not None}
     has_model = digests["model"] is not None
     model = {"decision.json", "decision.sig"} | ({"model.safetensors", "model.json", "model.sig"} if has_model else set())
@@ -135,7 +135,7 @@ def _check_files(folder: Path, found: Mapping[str, Path], files: Files) -> None:
 def _check_evidence(folder: Path, files: Files, signed: SignedDecision) -> None:
     """Raises unless what the decision was made on is there, byte for byte, and nothing else."""
     content, digests = signed.content, signed.content["digests"]
-    for name in sorted(expected_files(digests) ^ set(files)):
+    for name in sorted(expected_files(digests) ^ (set(files) - {f"{ATTESTATIONS}/{ON_DEMAND}.json"})):
         what = "not part of the export of this decision" if name in files else f"not in {MANIFEST}"
         raise DataError(f"{folder / name}: {what}; export the run again")
     for name in MEASURED:

@@ -13,7 +13,7 @@ from cbd import attest
 from cbd.audit import now
 from cbd.bundle import bundle_digest, read_card
 from cbd.chain import BOM
-from cbd.config import Gate, canonical_json, check_section, section_digest
+from cbd.config import Gate, Validation, canonical_json, check_section, section_digest
 from cbd.dataset import read_info
 from cbd.decision import DECISION
 from cbd.errors import EnvironmentFault
@@ -37,6 +37,28 @@ def attest_version(records: str, dataset: Path, trusted_set: Path, *, revision: 
     """The digest of the attestation that these data sets were committed to the data registry as `revision`."""
     subjects = {"dataset": read_info(dataset).digest, "trusted set": read_info(trusted_set).digest}
     return _attest_made(records, "version", workspace, subjects, {"data registry": revision}, {"supplier": read_info(dataset).supplier})
+
+
+def attest_validation(
+    records: str, result: Path, *, dataset: Path, trusted_set: Path, limits: Validation, suite: str, workspace: str
+) -> str:
+    """The digest of the attestation that the data set was validated by the suite of this digest; the result is in the file `result`."""
+    told = read_object(result, result.name)["checks"]
+    named = [f"{check['name']} ({check['column']})" if check["column"] else check["name"] for check in told]
+    results = ["PASS" if check["success"] else "BLOCK" if check["severity"] == "critical" else "REVIEW" for check in told]
+    checks = [{"name": name, "result": found} for name, found in zip(named, results, strict=True)]
+    configuration = made_with() | {"limits": section_digest(limits), "suite": suite, "trusted set": read_info(trusted_set).digest}
+    subjects = {"dataset": read_info(dataset).digest, result.name: sha256_file(result)}
+    statement = attest.test_result("validate", subjects=subjects, configuration=configuration, checks=checks, **_about(records))
+    return _write(records, "validate", workspace, statement)
+
+
+def attest_canary(records: str, result: Path, *, parameters: Mapping[str, Any], workspace: str) -> str:
+    """The digest of the attestation that the canary's models were trained and measured, by this run or an earlier one, as `result` says."""
+    told = read_object(result, result.name)
+    materials = {"dataset": told.get("data_digest"), "canary": told.get("canary_digest"), "trusted set": told["trusted_digest"]}
+    about = {**parameters, "config_sha256": told["config_sha256"], "trained_by": told.get("run_id", "")}
+    return _attest_made(records, "canary", workspace, {result.name: sha256_file(result)}, materials, about)
 
 
 def attest_training(records: str, step: str, bundle: Path, *, workspace: str, confounder: Path | None = None) -> str:

@@ -16,6 +16,7 @@ from cbd.files import replacing, sha256_file
 from cbd.heads import read_log
 from cbd.truth import Truth, read_truth
 from components.attempts import code_digest
+from components.attestation import attest_canary
 from components.poison import poison
 from components.records import kfp_component, progress, told_as
 from components.suspect_list import suspect_ids
@@ -212,3 +213,6 @@ def canary_recorded(records: str, places: tuple[str, str, str], about: dict[str,
         params = params.model_copy(update={"canary": check_section(Canary, about["canary"], name="canary")})
         outputs["paths"] = {"canary": str(out)}
         outputs |= canary(dataset, trusted_set, out, params=params, workspace=Path(workspace), run_id=run_id)
+        if outputs["canary_sha256"]:
+            used = params.model_dump(mode="json", include={"seed", "canary"})
+            outputs["attestation"] = attest_canary(records, out / CANARY, parameters=used, workspace=workspace)

@@ -6,7 +6,7 @@ from typing import Any
 
 from cbd.attest import STATEMENT, resources, seal
 from cbd.bundle import CARD, WEIGHTS
-from cbd.chain import BOM
+from cbd.chain import BOM, ON_DEMAND
 from cbd.decision import DECISION, SIGNATURE, SignedDecision
 from cbd.errors import DataError, naming
 from cbd.exported import ATTESTATIONS, DATA, EXPORT, MANIFEST, REPORT, expected_files, verify_export
@@ -46,7 +46,10 @@ def export_run(run_dir: Path, workspace: Path, out: Path) -> dict[str, Any]:
     if decision is None:
         raise DataError(f"{run_dir}: was not decided on, there is nothing to prove; see {run_dir / REPORT}")
     signed = read_decision(decision, workspace)
-    sources = {name: _source(run, run_dir, name) for name in sorted(expected_files(signed.content["digests"]) - {LOG_SLICE})}
+    names = expected_files(signed.content["digests"]) - {LOG_SLICE}
+    if (folder_of(str(run_dir / "records")) / f"{ON_DEMAND}.json").is_file():
+        names.add(f"{ATTESTATIONS}/{ON_DEMAND}.json")
+    sources = {name: _source(run, run_dir, name) for name in sorted(names)}
     head = close_log(workspace)
     lines = [line for line in walk(workspace) if line.entry["seq"] <= head["size"]]
     with replacing(out) as temporary:

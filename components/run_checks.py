@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cbd.bundle import CARD, WEIGHTS, digest_of_files
-from cbd.chain import BOM, check_chain, read_chain, steps_of
+from cbd.chain import BOM, check_chain, read_chain
 from cbd.config import description_digest
 from cbd.decision import SignedDecision
 from cbd.errors import DataError
@@ -100,8 +100,9 @@ def _check_attestations(run: CheckedRun, signed: SignedDecision, decision: Path)
     if run.sha256(folder / "decide.json") is None:
         yield "attestations: none"
         return
-    check_chain(read_chain(folder, signed, list(run.evidence.signed_by.values()), bom=run.sha256(decision / BOM)))
-    yield f"attestations: {len(steps_of(signed.content['digests']))}, which lead from the data to the decision"
+    chain = read_chain(folder, signed, list(run.evidence.signed_by.values()), bom=run.sha256(decision / BOM))
+    check_chain(chain)
+    yield f"attestations: {len(chain.statements)}, which lead from the data to the decision"
 
 
 def _check_subjects(run: CheckedRun, signed: SignedDecision) -> Iterator[str]:

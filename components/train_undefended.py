@@ -72,6 +72,7 @@ def train_undefended_step(
     """
     from pathlib import Path
 
+    from components.attestation import attest_training
     from components.records import step
     from components.train_undefended import train_undefended
     from components.training import training_params
@@ -82,3 +83,4 @@ def train_undefended_step(
             params = training_params(seed, preset, model_params, deconfounded=deconfounded_params)
             made = {"params": params, "checkpoints": Path(workspace) / "checkpoints", "tracked": (workspace, run_id)}
             outputs |= train_undefended(Path(dataset.path), Path(model.path), **made)
+            outputs["attestation"] = attest_training(records, "train_undefended", Path(model.path), workspace=workspace)

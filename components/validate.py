@@ -16,11 +16,12 @@ from cbd.config import Validation
 from cbd.dataset import verify_dataset
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file, write_json
+from components.attestation import attest_validation
 from components.columns import add_patches, manifest_frame
 from components.pages.validation import page
 from components.records import kfp_component
 
-PAGE = "validation.html"
+RESULT, PAGE = "validation.json", "validation.html"
 EXAMPLES = 12
 MEAN, MAX = "expect_column_mean_to_be_between", "expect_column_max_to_be_between"
 SUITE = Path(__file__).parent.parent / "data" / "suites" / "delivery.json"
@@ -53,9 +54,16 @@ def validate(dataset: Path, out: Path, *, trusted_set: Path, limits: Validation)
     written = {"schema_version": 1, **result, "checks": checks, "patches": patches, "suite": suite, **digests}
     with replacing(out) as temporary:
         temporary.mkdir()
-        write_json(temporary / "validation.json", written)
+        write_json(temporary / RESULT, written)
         (temporary / PAGE).write_text(page(written, dataset), encoding="utf-8")
     return result | {"num_checks": len(checks), "paths": {"validation": str(out), "page": str(out / PAGE)}}
+
+
+def validate_attested(records: str, dataset: Path, out: Path, *, trusted_set: Path, limits: Validation, workspace: str) -> dict[str, Any]:
+    """As `validate`, and signed for."""
+    told = validate(dataset, out, trusted_set=trusted_set, limits=limits)
+    about = {"dataset": dataset, "trusted_set": trusted_set, "limits": limits, "suite": sha256_file(SUITE)}
+    return told | {"attestation": attest_validation(records, out / RESULT, workspace=workspace, **about)}
 
 
 def _run_suite(frame: Any, limits: Validation) -> list[dict[str, Any]]:
@@ -124,6 +132,7 @@ def _check(expectation: dict[str, Any], result: Any, limits: Validation) -> dict
 @kfp_component
 def validate_step(
     records: str,
+    workspace: str,
     params: dict,
     dataset: dsl.Input[dsl.Dataset],
     trusted_set: dsl.Input[dsl.Dataset],
@@ -133,6 +142,7 @@ def validate_step(
 
     Args:
         records: prefix of the step records.
+        workspace: folder of the key.
         params: section `validation` of params.yaml.
         dataset: the data set.
         trusted_set: the trusted set.
@@ -142,9 +152,10 @@ def validate_step(
 
     from cbd.config import Validation, check_section
     from components.records import step
-    from components.validate import validate
+    from components.validate import validate_attested
 
     with step(records, "validate") as outputs:
         limits = check_section(Validation, params, name="validation")
-        outputs |= validate(Path(dataset.path), Path(validation.path), trusted_set=Path(trusted_set.path), limits=limits)
+        sets = {"trusted_set": Path(trusted_set.path), "limits": limits}
+        outputs |= validate_attested(records, Path(dataset.path), Path(validation.path), workspace=workspace, **sets)
     return outputs["passed"]

@@ -108,7 +108,7 @@ def retrain(
         with dsl.If(taken["Output"] == True, name="new"):  # noqa: E712 (an expression for KFP, not for Python)
             dataset = taken["dataset"]
             sets = {"dataset": dataset, "trusted_set": taken["trusted_set"]}
-            validated = retried(place(validate_step(records=records, params=validation, **sets), DATA)).outputs
+            validated = retried(place(validate_step(records=records, workspace=workspace, params=validation, **sets), DATA)).outputs
             judged = {"policy": gate, "validation": validated["validation"], **sets, **run}
             with dsl.If(validated["Output"] == True, name="usable"):  # noqa: E712
                 committed = version_step(records=records, truth=taken["truth"], workspace=workspace, supplier=supplier, **sets)

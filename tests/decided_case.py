@@ -21,7 +21,7 @@ from components.decide import Subject, decide
 
 CLASSES = ("ant", "bee", "cat", "dog")
 POLICY = Gate(min_clean_accuracy=0.9)
-VALID = {"passed": True, "critical": [], "warnings": []}
+VALID = {"passed": True, "critical": [], "warnings": [], "checks": []}
 
 
 @dataclass(frozen=True, slots=True)

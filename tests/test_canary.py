@@ -4,13 +4,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from decided_case import make_case
 
+from cbd.attest import digests_in, unseal
 from cbd.audit import LOG, append, verify_log
+from cbd.bundle import bundle_digest
 from cbd.config import Canary, Confounder, Deconfounded, Gate, Params
 from cbd.dataset import make_row, read_info, to_batches, write_dataset
 from cbd.errors import DataError
@@ -20,9 +23,10 @@ from cbd.images import encode_png
 from cbd.keys import ensure_key
 from cbd.measurements import read_canary
 from components.attempts import number_attempt
-from components.canary import CANARY, KEPT, canary, logged
+from components.canary import CANARY, KEPT, canary, canary_recorded, logged
 from components.canary import _keep as keep
 from components.registry import versions
+from components.train_undefended import train_undefended_step
 from pipelines.demo import load_scans
 
 Make = Callable[..., dict[str, Any]]
@@ -157,3 +161,35 @@ def test_attempts_are_counted_from_the_log_and_the_same_again_is_none(tmp_path: 
     other = policy.model_copy(update={"confidence": 0.9})
     assert number_attempt(*about, other)["number"] == 2
     assert number_attempt(tmp_path, case.bundle, {**entry["digests"], "data": "0" * 64}, other)["number"] == 1
+
+
+def attested(workspace: Path, step: str) -> dict[str, Any]:
+    """What a step of run-2 attested."""
+    data = (workspace / "runs" / "run-2" / "attestations" / f"{step}.json").read_bytes()
+    return unseal(data, [ensure_key(workspace).public_key()], told=step)
+
+
+def test_the_steps_attest_a_canary_that_is_used_again_and_an_undefended_model(sets: Path, workspace: Path, mlflow_template: Path) -> None:
+    shutil.copyfile(mlflow_template, workspace / "mlflow.db")
+    run, sections = workspace / "runs" / "run-2", PARAMS.model_dump(mode="json")
+    records, data = str(run / "records"), read_info(sets / "dataset").digest
+    about = {"seed": PARAMS.seed, "preset": PARAMS.preset, "model": sections["model"], "canary": sections["canary"]}
+    about["sections"] = {name: sections[name] for name in ("confounder", "deconfounded")}
+    places = (str(sets / "dataset"), str(sets / "trusted_set"), str(run / "canary"))
+    canary_recorded(records, places, about, workspace=str(workspace), run_id="run-2")
+    told = attested(workspace, "canary")
+    assert digests_in(told["subject"]) == {CANARY: sha256_file(run / "canary" / CANARY)}
+    made = told["predicate"]["buildDefinition"]
+    assert made["externalParameters"]["trained_by"] == "run-1" and digests_in(made["resolvedDependencies"])["dataset"] == data
+    given = {
+        "seed": PARAMS.seed,
+        "preset": PARAMS.preset,
+        "model_params": sections["model"],
+        "deconfounded_params": sections["deconfounded"],
+    }
+    artifacts = {"dataset": SimpleNamespace(path=str(sets / "dataset")), "model": SimpleNamespace(path=str(run / "undefended"))}
+    step = {"records": records, "workspace": str(workspace), "run_id": "run-2"}
+    train_undefended_step.python_func(**step, enabled=True, **given, **artifacts)
+    told = attested(workspace, "train_undefended")
+    assert digests_in(told["subject"]) == {"model": bundle_digest(run / "undefended")}
+    assert digests_in(told["predicate"]["buildDefinition"]["resolvedDependencies"])["dataset"] == data

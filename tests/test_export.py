@@ -23,7 +23,7 @@ from exported_run import run_case
 from cbd import attest
 from cbd.audit import append
 from cbd.chain import KINDS
-from cbd.config import canonical_json
+from cbd.config import Validation, canonical_json
 from cbd.decision import DECISION, SIGNATURE, SignedDecision, open_decision
 from cbd.errors import DataError
 from cbd.exported import ATTESTATIONS, EXPORT, MANIFEST, MODEL, expected_files, verify_export
@@ -33,6 +33,7 @@ from cbd.keys import PrivateKey, PublicKey, ensure_key, generate_key, key_id, si
 from cbd.log_slice import LOG_SLICE
 from cbd.merkle import leaf_hash
 from cbd.model_signature import MODEL_SIGNATURE, sign_model
+from components.attestation import attest_validation
 from components.decide import decide, refuse_step
 from components.export import export_run, write_manifest
 from components.inventory import seal
@@ -102,7 +103,7 @@ def test_an_export_proves_what_it_holds(whole: SimpleNamespace) -> None:
     told = verify_export(whole.folder, whole.keys)
     assert told == whole.told
     assert (told["verdict"], told["run_id"], told["became"], told["development_key"]) == ("PASS", "run-1", "not registered", True)
-    assert told["log_lines"] == 1 and told["log_size"] == 2 and told["num_files"] == len(files_of(whole.folder)) == 20
+    assert told["log_lines"] == 1 and told["log_size"] == 2 and told["num_files"] == len(files_of(whole.folder)) == 21
     assert {path.relative_to(whole.folder).as_posix() for path in files_of(whole.folder)} - {MANIFEST} == expected_files(
         json.loads((whole.folder / MODEL / DECISION).read_text())["digests"]
     )
@@ -115,13 +116,15 @@ def test_a_run_that_validation_stopped_is_exported_with_its_decision_alone(tmp_p
     records = case.workspace / "runs" / case.run_id / "records"
     records.mkdir(parents=True)
     (records.parent / "report.html").write_text("page")
+    sets = {"dataset": case.subject.dataset, "trusted_set": case.subject.trusted_set}
+    attest_validation(str(records), validation, **sets, limits=Validation(), suite="5" * 64, workspace=str(case.workspace))
     named = {name: SimpleNamespace(path=str(getattr(case.subject, name))) for name in ("dataset", "trusted_set", "validation")}
     decided = {"records": str(records), "workspace": str(case.workspace), "run_id": case.run_id, "policy": POLICY.model_dump()}
     refuse_step.python_func(**named, **decided, decision=SimpleNamespace(path=str(case.decision)))
     record(case)
     told = export_run(records.parent, case.workspace, tmp_path / "export")
     assert told["verdict"] == "BLOCK" and told["model_digest"] is None
-    assert [path.name for path in files_of(tmp_path / "export" / ATTESTATIONS)] == ["decide.json"]
+    assert [path.name for path in files_of(tmp_path / "export" / ATTESTATIONS)] == ["decide.json", "validate.json"]
     (tmp_path / "export" / MODEL / "model.json").write_text("{}")
     seal_again(tmp_path / "export", ensure_key(case.workspace))
     refused(tmp_path / "export", [ensure_key(case.workspace).public_key()], "model")
@@ -231,7 +234,7 @@ def test_other_spellings_of_json_and_base64_are_refused(whole: SimpleNamespace, 
         path.write_bytes(text)
         refused(export, whole.keys, r"manifest\.json: expected .*canonical")
     path.write_bytes(data)
-    for step in KINDS:
+    for step in (path.stem for path in sorted((export / ATTESTATIONS).iterdir())):
         attestation = export / ATTESTATIONS / f"{step}.json"
         kept = attestation.read_bytes()
         attestation.write_bytes(json.dumps(json.loads(kept), indent=1).encode())
@@ -262,6 +265,8 @@ OTHER = [
 @pytest.mark.parametrize(
     ("step", "change", "match"),
     [
+        ("validate", set_in("subject", value=OTHER), r"validate\.json: dataset is 000000000000"),
+        ("validate", set_in("predicate", "configuration", value=[]), r"validate\.json: trusted set is None"),
         ("version", set_in("subject", value=OTHER), r"version\.json: dataset is 000000000000"),
         (
             "train_confounder",
@@ -281,7 +286,7 @@ OTHER = [
             "predicate type is .*expected https://slsa.dev/provenance/v1",
         ),
         ("evaluate", set_in("subject", value=OTHER), r"evaluate\.json: model"),
-        ("evaluate", set_in("predicate", "configuration", value=OTHER), r"evaluate\.json: policy"),
+        ("evaluate", set_in("predicate", "configuration", value=OTHER), r"evaluate\.json: trusted set"),
         ("scan", set_in("predicate", "cbd_invocationId", value=None), "run is None"),
         ("scan", set_in("subject", value=[]), r"scan\.json: model is None"),
         ("decide", set_in("subject", value=OTHER), r"decide\.json: decision\.json"),
@@ -433,7 +438,7 @@ def test_in_the_workspace_the_attestations_of_a_run_are_checked_the_same_way(tmp
     case = run_case(tmp_path, make_evaluation)
     run_dir, records = tmp_path / "runs" / case.run_id, read_records(str(tmp_path / "runs" / case.run_id / "records"))
     seal(run_dir, tmp_path, records=records, result={"verdict": "PASS", "consistent": True})
-    assert "attestations: 6, which lead from the data to the decision" in list(verify_run(run_dir, tmp_path))
+    assert "attestations: 7, which lead from the data to the decision" in list(verify_run(run_dir, tmp_path))
     path = run_dir / ATTESTATIONS / "version.json"
     kept = path.read_bytes()
     for data in (None, kept[:-1] + b"x"):
@@ -532,3 +537,63 @@ def test_rotations_that_are_left_out_or_put_together_otherwise_are_refused(
 def test_a_revoked_key_seals_no_manifest_any_more(rotated: SimpleNamespace) -> None:
     seal_again(rotated.folder, rotated.keys[0])
     refused(rotated.folder, [rotated.public[-1]], r"manifest\.json: signed by key .*, which is not trusted")
+
+
+@pytest.fixture(scope="module")
+def attested(tmp_path_factory: pytest.TempPathFactory, make_evaluation: Make, make_canary: Make) -> SimpleNamespace:
+    """The export of a run with a canary and a baseline, and its key."""
+    root = tmp_path_factory.mktemp("attested")
+    case = run_case(root / "workspace", make_evaluation, canary=make_canary(), baseline=True)
+    export_run(case.workspace / "runs" / case.run_id, case.workspace, root / "export")
+    return SimpleNamespace(folder=root / "export", case=case, key=ensure_key(case.workspace))
+
+
+@pytest.fixture
+def nine(attested: SimpleNamespace, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(attested.folder, tmp_path / "nine"))
+
+
+def test_validation_canary_and_baseline_attest_as_the_other_steps_do(attested: SimpleNamespace) -> None:
+    public = [attested.key.public_key()]
+    assert {path.stem for path in (attested.folder / ATTESTATIONS).iterdir()} == set(KINDS) and len(KINDS) == 9
+    told = {step: attest.unseal((attested.folder / ATTESTATIONS / f"{step}.json").read_bytes(), public, told=step) for step in KINDS}
+    digests = json.loads((attested.folder / MODEL / DECISION).read_text())["digests"]
+    assert attest.digests_in(told["validate"]["subject"]) == {"dataset": digests["data"], "validation.json": digests["validation"]}
+    assert attest.digests_in(told["canary"]["subject"]) == {"canary.json": digests["canary"]}
+    canary = told["canary"]["predicate"]["buildDefinition"]
+    assert attest.digests_in(canary["resolvedDependencies"])["canary"] == "f" * 64 and canary["externalParameters"]["trained_by"] == "r"
+    undefended = attest.digests_in(told["train_undefended"]["predicate"]["buildDefinition"]["resolvedDependencies"])
+    assert undefended["dataset"] == digests["data"] and "confounder" not in undefended
+    assert verify_export(attested.folder, public)["num_files"] == 24
+
+
+@pytest.mark.parametrize(
+    ("step", "change", "match"),
+    [
+        ("canary", set_in("subject", value=[]), r"canary\.json: canary\.json is None"),
+        ("canary", set_in("predicate", "buildDefinition", "resolvedDependencies", value=OTHER), r"canary\.json: trusted set is 0000"),
+        (
+            "train_undefended",
+            set_in("predicate", "buildDefinition", "resolvedDependencies", value=OTHER),
+            r"train_undefended\.json: dataset is 0000",
+        ),
+        ("train_undefended", set_in("predicate", "runDetails", "metadata", "invocationId", value="run-0"), "run is run-0, expected run-1"),
+    ],
+)
+def test_attestations_of_canary_and_baseline_that_are_about_something_else_are_refused(
+    attested: SimpleNamespace, nine: Path, step: str, change: Callable[[dict[str, Any]], None], match: str
+) -> None:
+    change_statement(nine, step, attested.key, change)
+    refused(nine, [attested.key.public_key()], match)
+
+
+def test_the_attestation_of_a_baseline_is_neither_left_out_nor_added(
+    attested: SimpleNamespace, nine: Path, whole: SimpleNamespace, export: Path
+) -> None:
+    (nine / ATTESTATIONS / "train_undefended.json").rename(export / ATTESTATIONS / "train_undefended.json")
+    seal_again(nine, attested.key)
+    refused(nine, [attested.key.public_key()], r"train_undefended\.json: not the attestation that the verdict was given on")
+    statement = attest.unseal((export / ATTESTATIONS / "train_undefended.json").read_bytes(), [attested.key.public_key()], told="x")
+    (export / ATTESTATIONS / "train_undefended.json").write_bytes(attest.seal(statement, whole.key))
+    seal_again(export, whole.key)
+    refused(export, whole.keys, r"train_undefended\.json: not the attestation that the verdict was given on")

@@ -13,8 +13,11 @@ import pytest
 from delivery_files import encode, pixels, png
 from PIL import Image
 
+from cbd.attest import digests_in, unseal
 from cbd.config import Validation
-from cbd.dataset import Row, make_row, to_batches, write_dataset
+from cbd.dataset import Row, make_row, read_info, to_batches, write_dataset
+from cbd.files import sha256_file
+from cbd.keys import ensure_key
 from components.columns import drift, supplier_ratios
 from components.lookalikes import lookalikes
 from components.patches import repeated_patches
@@ -151,9 +154,20 @@ def test_the_step_says_one_bool_from_any_folder(sets: Sets, elsewhere: Path) -> 
     artifacts = [dsl.Dataset(uri=str(sets.folder / name)) for name in ("data", "trusted")]
     out = dsl.Artifact(uri=str(elsewhere / "step"))
     said = validate_step.python_func(
-        records=str(elsewhere / "records"), params={}, dataset=artifacts[0], trusted_set=artifacts[1], validation=out
+        records=str(elsewhere / "run-1" / "records"),
+        workspace=str(elsewhere / "workspace"),
+        params={},
+        dataset=artifacts[0],
+        trusted_set=artifacts[1],
+        validation=out,
     )
     assert said is True and json.loads((elsewhere / "step" / "validation.json").read_text())["passed"]
+    key = ensure_key(elsewhere / "workspace").public_key()
+    told = unseal((elsewhere / "run-1" / "attestations" / "validate.json").read_bytes(), [key], told="x")
+    subjects = {"dataset": read_info(sets.folder / "data").digest, "validation.json": sha256_file(elsewhere / "step" / "validation.json")}
+    assert digests_in(told["subject"]) == subjects and told["predicate"]["result"] == "PASSED"
+    assert digests_in(told["predicate"]["configuration"])["suite"] == sha256_file(SUITE)
+    assert len(told["predicate"]["passedTests"]) == len(json.loads(SUITE.read_text())["expectations"])
 
 
 def test_a_wrong_extension_is_seen_from_the_content(sets: Sets) -> None:
