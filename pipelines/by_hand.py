@@ -206,7 +206,19 @@ def predict(model: str, data: str, out: Path, workspace: Path, as_json: bool) ->
 @click.option(
     "--group-by", help="Regular expression on paths: trusted images with the same match are one group, such as frames of a video."
 )
-@click.option("--out", type=click.Path(path_type=Path), default=Path("cbd-redteam"), show_default=True, help="Where all of it is kept.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("cbd-redteam"),
+    show_default=True,
+    help="Where all of it is kept; on a cluster /workspace/redteam/OUT.",
+)
+@click.option("--overlay", help="Run on the Kubeflow Pipelines server at KF_PIPELINES_ENDPOINT: gke, eks or onprem, also gke:POOL.")
+@click.option("--image", help="NAME@sha256:DIGEST of the image that runs it there.")
+@click.option("--namespace", default="", help="Yours, on a server that serves several users.")
+@click.option("--service-account", help="Kubernetes service account that runs it there.")
+@click.option("--run-id", default="", help="Id of the run there; one that is there already is followed.  [default: the time]")
+@click.option("--no-wait", is_flag=True, help="Return when the server has taken the run.")
 @poison_options
 @params_options
 @as_json
@@ -219,6 +231,8 @@ def redteam(data: str, trusted: str, attacks: str, presets: str, seeds: int, out
     from pipelines.redteam_table import render
 
     limit, group_by = (overrides.pop(name) for name in ("limit", "group_by"))
+    placed = {name: overrides.pop(name) for name in ("overlay", "image", "namespace", "service_account")}
+    followed = {"run_id": overrides.pop("run_id"), "wait": not overrides.pop("no_wait")}
     for name, instead in (("preset", "--presets"), ("seed", "--seeds")):
         if overrides[name] is not None:
             raise ConfigError(f"--{name} is one of several here; use {instead}")
@@ -226,16 +240,32 @@ def redteam(data: str, trusted: str, attacks: str, presets: str, seeds: int, out
     def params_of(*, preset: str, seed: int) -> "Params":
         return load(**{**overrides, "preset": preset, "seed": seed, "poison__attack": ATTACKS[0]})  # the red team itself sets the attack
 
-    chosen = {
+    about: dict[str, Any] = {
+        "params_of": params_of,
         "attacks": split(attacks, ATTACKS, "--attacks", more=VARIANTS),
         "presets": split(presets, PRESETS, "--presets", more=BASELINES),
         "seeds": range(seeds),
-        "group_by": group_by,
     }
-    outputs = steps.redteam(data, trusted, out, limit=limit, params_of=params_of, **chosen)
+    if placed["overlay"] or placed["image"]:
+        return _redteam_on_cluster(placed, followed, as_json, data=data, trusted=trusted, out=out, limit=limit, group_by=group_by, **about)
+    outputs = steps.redteam(data, trusted, out, limit=limit, group_by=group_by, **about)
     if not as_json:
         print(render(outputs.pop("rows")))
     return tell(outputs, as_json, "cbd run --data DELIVERY --trusted TRUSTED")
+
+
+def _redteam_on_cluster(placed: dict[str, Any], followed: dict[str, Any], as_json: bool, **order: Any) -> int:
+    """Submits the pipeline `redteam`; raises ConfigError where something is missing."""
+    from pipelines.submit import WORKSPACE, Cluster, submit_redteam
+    from pipelines.trials import arguments
+
+    if not (placed["overlay"] and placed["image"]):
+        raise ConfigError("--overlay and --image go together: a cluster runs what is compiled for it")
+    delivery = {name: order.pop(name) for name in ("data", "trusted", "limit")}
+    out, group_by = WORKSPACE / "redteam" / order.pop("out").resolve().name, order.pop("group_by") or ""
+    given = {"out": str(out), "group_by": group_by, **arguments(delivery, **order)}
+    told = submit_redteam(given, Cluster(**placed), **followed)
+    return tell(told, as_json, f"look at {told.get('page', told['run'])}")
 
 
 COMMANDS = (ingest, poison, validate, train, evaluate, scan, gate, predict, redteam)

@@ -83,24 +83,27 @@ def run(data: str | None, trusted: str | None, workspace: Path, as_json: bool, *
 
 
 @cbd.command("compile")
+@click.argument("pipeline", type=click.Choice(["retrain", "redteam"]), default="retrain")
 @click.option("--overlay", help="Kind of cluster: gke, eks or onprem; with its pool of GPU nodes, such as gke:POOL.")
 @click.option("--image", help="NAME@sha256:DIGEST of the image that runs the steps.")
 @click.option("--manifest", is_flag=True, help="Write resources Pipeline and PipelineVersion, for GitOps.")
 @click.option("--namespace", help="Namespace of these resources.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="File to write.  [default: the project's golden files; with any option ./retrain.yaml]"
+    "--out",
+    type=click.Path(path_type=Path),
+    help="File to write.  [default: the golden files; with anything else ./PIPELINE.yaml]",
 )
-def compile_command(overlay: str | None, image: str | None, manifest: bool, namespace: str | None, out: Path | None) -> int:
-    """The pipeline as IR YAML for a Kubeflow Pipelines server."""
+def compile_command(pipeline: str, overlay: str | None, image: str | None, manifest: bool, namespace: str | None, out: Path | None) -> int:
+    """PIPELINE (retrain, or redteam) as IR YAML for a Kubeflow Pipelines server."""
     from pipelines.compile import compile_pipeline, write_golden
 
-    if (overlay, image, manifest, out) == (None, None, False, None):
+    if (pipeline, overlay, image, manifest, out) == ("retrain", None, None, False, None):
         for path in write_golden():
             print(f"wrote {path}")
         print("next: git diff")
         return 0
-    out = out or Path("retrain.yaml")
-    compile_pipeline(out, image=image, overlay=overlay, manifest=manifest, namespace=namespace)
+    out = out or Path(f"{pipeline}.yaml")
+    compile_pipeline(out, pipeline, image=image, overlay=overlay, manifest=manifest, namespace=namespace)
     print(f"wrote {out}")
     print(f"next: {'kubectl apply --filename ' + str(out) if manifest else 'cbd submit, or upload it to a Kubeflow Pipelines server'}")
     return 0

@@ -1,7 +1,8 @@
-"""The pipeline as IR YAML, for a Kubeflow Pipelines server and for the golden files; and as manifests, for GitOps."""
+"""The pipelines as IR YAML, for a Kubeflow Pipelines server and for the golden files; and as manifests, for GitOps."""
 
 import contextlib
 import hashlib
+import importlib
 import re
 import tempfile
 from pathlib import Path
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from kfp.dsl.graph_component import GraphComponent
 
 FOLDER = Path(__file__).parent / "compiled"
-GOLDEN = FOLDER / "retrain.yaml"
+PIPELINES = {"retrain": "pipelines.retrain", "redteam": "pipelines.redteam_pipeline"}
+"""Where each is defined."""
 PINNED = re.compile(r"[a-z0-9][a-z0-9._/:-]*@sha256:[0-9a-f]{64}")
 SEPARATOR = "---\n"
 
@@ -29,12 +31,19 @@ def check_image(image: str) -> str:
 
 
 def compile_pipeline(
-    out: Path, *, image: str | None = None, overlay: str | None = None, manifest: bool = False, namespace: str | None = None
+    out: Path,
+    pipeline: str = "retrain",
+    *,
+    image: str | None = None,
+    overlay: str | None = None,
+    manifest: bool = False,
+    namespace: str | None = None,
 ) -> None:
-    """Writes `retrain` compiled to `out`; every step runs in `image`, or in the placeholder of the golden files.
+    """Writes a pipeline compiled to `out`; every step runs in `image`, or in the placeholder of the golden files.
 
     Args:
         out: a YAML file.
+        pipeline: a name in `PIPELINES`.
         image: NAME@sha256:DIGEST.
         overlay: kind of cluster, as `overlays.find_overlay` knows it; None compiles without settings of a cluster.
         manifest: write resources `Pipeline` and `PipelineVersion` instead, for a cluster. The version's name ends in 12 hex digits
@@ -51,36 +60,42 @@ def compile_pipeline(
     if manifest and image is None:
         raise ConfigError("--manifest: a cluster runs what it says, so name the image too: --image NAME@sha256:DIGEST")
     filled = IMAGE if image is None else check_image(image)
-    text = compiled_text(overlay).replace(IMAGE, filled)
+    text = compiled_text(overlay, pipeline).replace(IMAGE, filled)
     if manifest:
-        version = f"retrain-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        text = _written(overlay, version=version, namespace=namespace).replace(IMAGE, filled)
+        version = f"{pipeline}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        text = _written(overlay, pipeline, version=version, namespace=namespace).replace(IMAGE, filled)
     with replacing(out) as temporary:
         temporary.write_text(text)
 
 
-def compiled_text(overlay: str | None = None) -> str:
-    """The IR YAML of `retrain` with the placeholder as image; with an overlay, its settings follow as a second document."""
-    return _written(overlay)
+def compiled_text(overlay: str | None = None, pipeline: str = "retrain") -> str:
+    """The IR YAML of a pipeline with the placeholder as image; with an overlay, its settings follow as a second document."""
+    return _written(overlay, pipeline)
+
+
+def golden(pipeline: str, overlay: str | None = None) -> Path:
+    """The golden file of a pipeline, or of its settings for an overlay."""
+    return FOLDER / f"{'-'.join(filter(None, (pipeline, overlay)))}.yaml"
 
 
 def write_golden() -> list[Path]:
-    """Writes the golden files: the pipeline, and for each overlay the document with its settings."""
+    """Writes the golden files: each pipeline, and for each overlay the document with its settings."""
     from pipelines.overlays import OVERLAYS
 
-    texts = {GOLDEN: compiled_text(), **{FOLDER / f"{name}.yaml": settings_text(name) for name in OVERLAYS}}
+    texts = {golden(pipeline): compiled_text(None, pipeline) for pipeline in PIPELINES}
+    texts |= {golden(pipeline, name): settings_text(name, pipeline) for pipeline in PIPELINES for name in OVERLAYS}
     for path, text in texts.items():
         with replacing(path) as temporary:
             temporary.write_text(text)
     return list(texts)
 
 
-def settings_text(overlay: str) -> str:
+def settings_text(overlay: str, pipeline: str = "retrain") -> str:
     """The document with an overlay's settings, as YAML."""
-    return compiled_text(overlay).partition(SEPARATOR)[2]
+    return compiled_text(overlay, pipeline).partition(SEPARATOR)[2]
 
 
-def _written(overlay: str | None, *, version: str | None = None, namespace: str | None = None) -> str:
+def _written(overlay: str | None, pipeline: str, *, version: str | None = None, namespace: str | None = None) -> str:
     """What KFP's compiler writes: IR YAML, or manifests if there is a name for the version."""
     from kfp import compiler
     from kfp.compiler.compiler_utils import KubernetesManifestOptions
@@ -89,21 +104,23 @@ def _written(overlay: str | None, *, version: str | None = None, namespace: str 
     if version:
         options = KubernetesManifestOptions(pipeline_version_name=version, namespace=namespace, include_pipeline_manifest=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        path = Path(folder) / "retrain.yaml"
+        path = Path(folder) / "compiled.yaml"
         compiler.Compiler().compile(
-            _built(overlay), str(path), kubernetes_manifest_options=options, kubernetes_manifest_format=bool(version)
+            _built(overlay, pipeline), str(path), kubernetes_manifest_options=options, kubernetes_manifest_format=bool(version)
         )
         return path.read_text()
 
 
-def _built(overlay: str | None) -> "GraphComponent":
-    """The pipeline, built for a kind of cluster; raises ConfigError if it is not known."""
+def _built(overlay: str | None, pipeline: str) -> "GraphComponent":
+    """The pipeline, built for a kind of cluster; raises ConfigError if that is not known."""
     from kfp import dsl
 
     from pipelines.overlays import chosen, find_overlay
-    from pipelines.retrain import retrain
 
+    if pipeline not in PIPELINES:
+        raise ConfigError(f"{pipeline!r}: no such pipeline; expected one of {', '.join(PIPELINES)}")
+    defined: GraphComponent = getattr(importlib.import_module(PIPELINES[pipeline]), pipeline)
     if overlay is None:
-        return retrain
+        return defined
     with chosen(find_overlay(overlay)):
-        return dsl.pipeline(name=retrain.name, description=retrain.description)(retrain.pipeline_func)
+        return dsl.pipeline(name=defined.name, description=defined.description)(defined.pipeline_func)

@@ -10,6 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cbd.errors import CbdError, ConfigError, EnvironmentFault
@@ -54,13 +55,22 @@ def connect(namespace: str = "") -> "Client":
     def opened() -> "Client":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            return Client(host, namespace=namespace, existing_token=os.environ.get(TOKEN), ssl_ca_cert=os.environ.get("SSL_CERT_FILE"))
+            about = {"existing_token": os.environ.get(TOKEN), "ssl_ca_cert": os.environ.get("SSL_CERT_FILE")}
+            return Client(host, namespace=namespace, credentials=_mounted_token(), **about)
 
     client = asked(opened)
     health = asked(client.get_kfp_healthz)
     if health.multi_user and not client.get_user_namespace():
         raise ConfigError(f"{host}: serves several users, each in a namespace; name yours with --namespace")
     return client
+
+
+def _mounted_token() -> Any | None:
+    """What reads the token that a cluster has put into this pod for Kubeflow Pipelines, anew at each call; None where there is none."""
+    from kfp import client
+
+    path = os.environ.get(client.KF_PIPELINES_SA_TOKEN_ENV, client.KF_PIPELINES_SA_TOKEN_PATH)
+    return client.ServiceAccountTokenVolumeCredentials(path) if Path(path).is_file() else None
 
 
 def asked(call: Callable[[], Answer], *, patience: int = 1) -> Answer:

@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cbd.config import Params, Poison, canonical_json
+from cbd.config import Ingest, Params, Poison, canonical_json
 from cbd.dataset import DatasetInfo
 from cbd.errors import ConfigError
 from cbd.files import replacing, write_json
@@ -15,6 +15,10 @@ from cbd.truth import Truth
 from components.records import progress
 from pipelines.options import BASELINES
 from pipelines.redteam_row import SECONDS, groups_of, row_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 TABLE = "redteam.parquet"
 HALF = 0.5
@@ -92,18 +96,53 @@ def redteam(
         trial = Trial(attack, preset, plain if preset in ("none", *BASELINES) else params_of(preset=preset, seed=seed))
         name = trial.digest(taken_in)
         if name not in measured or (groups is not None and measured[name].get("num_groups") is None):
-            copies = _poisoned(taken_in / "dataset", trial, out)
-            source = (copies[-1] if copies else taken_in) / "dataset"
-            clean = _train(taken_in / "dataset", Trial(None, "none", plain), out)
-            undefended = (_train(source, Trial(attack, "none", plain), out) if copies else clean) if "none" in presets else None
-            trained = undefended if preset == "none" else _train(source, trial, out, copies)
-            measured[name] = {"trial": name} | row_of(
-                (attack, preset, seed), trained, clean, undefended, copies, taken_in / "trusted_set", groups
-            )
+            measured[name] = measure(trial, taken_in, out, plain=plain, compared="none" in presets, groups=groups)
         rows.append(measured[name])
-        _write_table(rows, out / TABLE)
+        write_table(rows, out / TABLE)
     progress("redteam", len(trials), len(trials))
     return rows
+
+
+def take_in(data: str, trusted: str, out: Path, *, limit: int, params: Ingest) -> Path:
+    """The folder in `out` with `dataset` and `trusted_set`, taken in unless it is there.
+
+    Raises:
+        DataError: the delivery or the trusted set is missing or unusable.
+    """
+    from components.ingest import IngestOptions, IngestPaths, ingest
+
+    about = f"{data} {trusted} {limit} {params.model_dump_json()}"
+    folder = out / f"taken-in-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
+    if not folder.is_dir():
+        with replacing(folder) as temporary:
+            paths = IngestPaths(*(temporary / name for name in IngestPaths._fields))
+            ingest(data, trusted, outputs=paths, params=params, options=IngestOptions(supplier="redteam", limit=limit))
+    return folder
+
+
+def measure(
+    trial: Trial, taken_in: Path, out: Path, *, plain: Params, compared: bool, groups: "npt.NDArray[np.int64] | None"
+) -> dict[str, Any]:
+    """The row of a trial, after training all that it takes and `out` does not hold yet.
+
+    Args:
+        trial: what is trained and measured.
+        taken_in: folder with `dataset` and `trusted_set`.
+        out: gets the poisoned copies and the models.
+        plain: parameters of a training without defence, of the trial's seed.
+        compared: also train without defence on the trial's data, for `der`.
+        groups: int64 [N], number of the group of each trusted image; None: rates by group are not asked for.
+
+    Raises:
+        DataError: the data does not fit the attack.
+    """
+    copies = _poisoned(taken_in / "dataset", trial, out)
+    source = (copies[-1] if copies else taken_in) / "dataset"
+    clean = train(taken_in / "dataset", Trial(None, "none", plain), out)
+    undefended = (train(source, Trial(trial.attack, "none", plain), out) if copies else clean) if compared else None
+    trained = undefended if undefended and trial.preset == "none" else train(source, trial, out, copies)
+    about = (trial.attack, trial.preset, trial.params.seed)
+    return {"trial": trial.digest(taken_in)} | row_of(about, trained, clean, undefended, copies, taken_in / "trusted_set", groups)
 
 
 def fitted(poison: Poison, info: DatasetInfo) -> Poison:
@@ -162,8 +201,15 @@ def _train_baseline(source: Path, model: Path, trial: Trial, *, truths: list[Tru
         save_bundle(trained, card_of("undefended", data.info, trial.params), temporary)
 
 
-def _train(source: Path, trial: Trial, out: Path, copies: Sequence[Path] = ()) -> Path:
-    """The folder with `model` (and `confounder`, `evidence` under a defence) and `seconds.json`."""
+def train(source: Path, trial: Trial, out: Path, copies: Sequence[Path] = ()) -> Path:
+    """The folder in `out` with `model` (and `confounder`, `evidence` under a defence) and `seconds.json`, trained unless it is there.
+
+    Args:
+        source: data set to train on.
+        trial: of the attack that made it.
+        out: also gets `checkpoints`.
+        copies: what the suppliers left behind, each a folder with `truth`.
+    """
     from cbd.truth import read_truth
     from components.train_confounder import train_confounder
     from components.train_deconfounded import train_deconfounded
@@ -198,7 +244,8 @@ def _digest(about: Any, *data: str) -> str:
     return hashlib.sha256(canonical_json([about, *data])).hexdigest()[:12]
 
 
-def _write_table(rows: list[dict[str, Any]], path: Path) -> None:
+def write_table(rows: list[dict[str, Any]], path: Path) -> None:
+    """Writes the rows as Parquet, one each."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

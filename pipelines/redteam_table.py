@@ -2,8 +2,10 @@
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from cbd.files import replacing
 from pipelines.redteam_row import BY_GROUP, COLUMNS, DETECTION
 
 AS_PERCENT = ("poison_rate", "ca", "asr", "excess_asr", "worst", "robust_accuracy", "ca_by_group", "asr_by_group")
@@ -14,6 +16,14 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     """One line for every row."""
     grouped = BY_GROUP if any(row.get("num_groups") is not None for row in rows) else ()
     return table([*COLUMNS[:4], *COLUMNS[5:], *grouped, *DETECTION, "seconds"], rows)
+
+
+def write_page(rows: Sequence[dict[str, Any]], out: Path) -> Path:
+    """The page `out/redteam.md` with both tables."""
+    page = out / "redteam.md"
+    with replacing(page) as temporary:
+        temporary.write_text(f"{medians(rows)}\n\n{render(rows)}\n")
+    return page
 
 
 def medians(rows: Sequence[dict[str, Any]]) -> str:

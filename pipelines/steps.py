@@ -1,7 +1,6 @@
 """Single steps by hand: the same functions that the pipeline's components call."""
 
 import dataclasses
-import hashlib
 import json
 import sys
 import tempfile
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from cbd.config import Gate, Params
 from cbd.errors import DataError
-from cbd.files import replacing
 from pipelines.launch import check_uri
 from pipelines.outcome import find_artifact, find_run
 from pipelines.progress import by_hand, printable
@@ -49,25 +47,14 @@ def redteam(data: str, trusted: str, out: Path, *, limit: int, params_of: Callab
 
     `params_of` gives the parameters of a `preset=` and a `seed=`; the red team itself sets the attack.
     """
-    from components.ingest import IngestOptions, IngestPaths
-    from components.ingest import ingest as take_in
     from pipelines import redteam as team
-    from pipelines.redteam_table import medians, render
+    from pipelines.redteam_table import write_page
 
     check_uri("--data", data)
     check_uri("--trusted", trusted)
-    params = params_of(preset="none", seed=0)
-    about = f"{data} {trusted} {limit} {params.ingest.model_dump_json()}"
-    taken_in = out / f"taken-in-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
-    if not taken_in.is_dir():
-        with replacing(taken_in) as temporary:
-            paths = IngestPaths(*(temporary / name for name in IngestPaths._fields))
-            take_in(data, trusted, outputs=paths, params=params.ingest, options=IngestOptions(supplier="redteam", limit=limit))
+    taken_in = team.take_in(data, trusted, out, limit=limit, params=params_of(preset="none", seed=0).ingest)
     rows = team.redteam(taken_in, out, params_of=params_of, **chosen)
-    page = out / "redteam.md"
-    with replacing(page) as temporary:
-        temporary.write_text(f"{medians(rows)}\n\n{render(rows)}\n")
-    return {"rows": rows, "table": str(out / team.TABLE), "page": str(page)}
+    return {"rows": rows, "table": str(out / team.TABLE), "page": str(write_page(rows, out))}
 
 
 @by_hand()

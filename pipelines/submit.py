@@ -57,25 +57,42 @@ def submit(order: Order, params: Params, cluster: Cluster, *, run_id: str = "", 
     """
     if wait and not os.environ.get("MLFLOW_TRACKING_URI"):
         raise ConfigError("MLFLOW_TRACKING_URI is not set: the verdict is read from the tracking server; set it, or give --no-wait")
-    run_id = run_id or f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    if not NAME.fullmatch(run_id):
-        raise ConfigError(f"--run-id {run_id!r}: expected up to 64 letters, digits, '.', '_' or '-', starting with a letter or digit")
-    given = arguments(order, params, run_id)
-    with compiled(cluster) as package:
-        client = connect(cluster.namespace)
-        experiment = experiment_of(client, cluster.namespace)
-        started = find_run(client, experiment, run_id)
-        if started is None:
-            started = _start(client, experiment, run_id, package=package, given=given, account=cluster.service_account)
+    run_id = _named(run_id)
+    client, started = _started(run_id, arguments(order, params, run_id), cluster, "retrain")
     link = link_to(started.run_id)
     print(f"run: {link}", file=sys.stderr)
     if not wait:
         return {"run_id": run_id, "run": link}
-    try:
-        ended = follow(client, started.run_id)
-    except CbdError as error:
-        raise type(error)(f"{error}; the run goes on, follow it by the same command with --run-id {run_id}") from None
+    ended = _followed(client, started.run_id, run_id)
     return {**_result(run_id, str(ended.state), link), "run_id": run_id, "run": link}
+
+
+def submit_redteam(given: dict[str, Any], cluster: Cluster, *, run_id: str = "", wait: bool = True) -> dict[str, Any]:
+    """Where the red team's table lies in the workspace of the cluster, and the link `run`; with `wait=False` only `run_id` and `run`.
+
+    Args:
+        given: parameters of the pipeline `redteam`.
+        cluster: where and how it runs.
+        run_id: names the run; one that is there already is followed.
+        wait: for its end.
+
+    Raises:
+        ConfigError: refused at the door or by the server.
+        EnvironmentFault: the server is out of reach.
+        CbdError: the run failed.
+    """
+    run_id = _named(run_id)
+    _check_readable(given["delivery"]["data"], given["delivery"]["trusted"])
+    _check_texts(given)
+    client, started = _started(run_id, given, cluster, "redteam")
+    told = {"run_id": run_id, "run": link_to(started.run_id)}
+    print(f"run: {told['run']}", file=sys.stderr)
+    if not wait:
+        return told
+    ended = _followed(client, started.run_id, run_id)
+    if ended.state != "SUCCEEDED":
+        raise CbdError(f"the run ended as {ended.state}; see {told['run']}, and submit it again: what was measured is not measured again")
+    return {**told, "table": f"{given['out']}/redteam.parquet", "page": f"{given['out']}/redteam.md"}
 
 
 def arguments(order: Order, params: Params, run_id: str) -> dict[str, Any]:
@@ -85,23 +102,19 @@ def arguments(order: Order, params: Params, run_id: str) -> dict[str, Any]:
         ConfigError: a name that is none, a place that no step could read, or text that the server would replace.
     """
     check_names(order)
-    for option, uri in (("--data", order.data), ("--trusted", order.trusted)):
-        if not uri.startswith("s3://") and WORKSPACE not in Path(os.path.normpath(uri)).parents:
-            raise ConfigError(f"{option} {uri!r}: a cluster cannot read it; expected s3://bucket/prefix, or a path under {WORKSPACE}")
+    _check_readable(order.data, order.trusted)
     given = pipeline_arguments(order, params, WORKSPACE / "runs" / run_id)
-    for text in _texts(given):
-        if "{{$" in text or "[[" in text:
-            raise ConfigError(f"{text!r}: may hold neither '{{{{$' nor '[[', which the server replaces; rename it")
+    _check_texts(given)
     return given
 
 
 @contextlib.contextmanager
-def compiled(cluster: Cluster) -> Iterator[Path]:
-    """The pipeline for the cluster, in a file that is gone afterwards; raises ConfigError on a bare tag or an unknown overlay."""
+def compiled(cluster: Cluster, pipeline: str = "retrain") -> Iterator[Path]:
+    """A pipeline for the cluster, in a file that is gone afterwards; raises ConfigError on a bare tag or an unknown overlay."""
     check_image(cluster.image)
     with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder) / "retrain.yaml"
-        compile_pipeline(package, image=cluster.image, overlay=cluster.overlay)
+        package = Path(folder) / f"{pipeline}.yaml"
+        compile_pipeline(package, pipeline, image=cluster.image, overlay=cluster.overlay)
         yield package
 
 
@@ -125,6 +138,44 @@ def follow(client: "Client", server_id: str) -> Any:
         if run.state in ENDED or (run.finished_at and run.finished_at.year > 1970):
             return run
         time.sleep(POLL_SECONDS)
+
+
+def _named(run_id: str) -> str:
+    """The id, or a new one from the time; raises ConfigError if it is none."""
+    run_id = run_id or f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    if not NAME.fullmatch(run_id):
+        raise ConfigError(f"--run-id {run_id!r}: expected up to 64 letters, digits, '.', '_' or '-', starting with a letter or digit")
+    return run_id
+
+
+def _check_readable(data: str, trusted: str) -> None:
+    for option, uri in (("--data", data), ("--trusted", trusted)):
+        if not uri.startswith("s3://") and WORKSPACE not in Path(os.path.normpath(uri)).parents:
+            raise ConfigError(f"{option} {uri!r}: a cluster cannot read it; expected s3://bucket/prefix, or a path under {WORKSPACE}")
+
+
+def _check_texts(given: dict[str, Any]) -> None:
+    for text in _texts(given):
+        if "{{$" in text or "[[" in text:
+            raise ConfigError(f"{text!r}: may hold neither '{{{{$' nor '[[', which the server replaces; rename it")
+
+
+def _started(run_id: str, given: dict[str, Any], cluster: Cluster, pipeline: str) -> tuple["Client", Any]:
+    """The server's client and its run of our run id, which is started if it is not there."""
+    with compiled(cluster, pipeline) as package:
+        client = connect(cluster.namespace)
+        experiment = experiment_of(client, cluster.namespace)
+        started = find_run(client, experiment, run_id)
+        if started is None:
+            started = _start(client, experiment, run_id, package=package, given=given, account=cluster.service_account)
+    return client, started
+
+
+def _followed(client: "Client", server_id: str, run_id: str) -> Any:
+    try:
+        return follow(client, server_id)
+    except CbdError as error:
+        raise type(error)(f"{error}; the run goes on, follow it by the same command with --run-id {run_id}") from None
 
 
 def _start(client: "Client", experiment: str, run_id: str, *, package: Path, given: dict[str, Any], account: str | None) -> Any:

@@ -8,13 +8,13 @@ import yaml
 from kfp import local
 from kfp.local import subprocess_task_handler
 
-from pipelines.compile import FOLDER
+from pipelines.compile import golden
 from pipelines.overlays import KEY, TRACKING
 from pipelines.retrain import retrain
 
 PODS = Path(os.environ["CBD_TEST_PODS"])
 """Where the steps' artifacts lie; the runner took the run's folder before it loaded this module."""
-GRANTED = yaml.safe_load((FOLDER / "gke.yaml").read_text())["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+GRANTED = yaml.safe_load(golden("retrain", "gke").read_text())["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 run_step = subprocess_task_handler.run_local_subprocess
 
 

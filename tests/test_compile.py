@@ -9,7 +9,7 @@ import yaml
 from cbd.errors import ConfigError
 from components import STEPS
 from components.records import IMAGE
-from pipelines.compile import FOLDER, GOLDEN, compile_pipeline, compiled_text
+from pipelines.compile import PIPELINES, compile_pipeline, compiled_text, golden
 from pipelines.overlays import KEY, OVERLAYS, RETRIES, SIGNING_KEY, STORE, TRACKING
 
 PINNED = "registry.example/cbd@sha256:" + "0123456789abcdef" * 4
@@ -34,7 +34,35 @@ def tasks(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def test_the_golden_file_is_what_the_pipeline_compiles_to(text: str) -> None:
-    assert text == GOLDEN.read_text(), "the pipeline has changed: look at `git diff` after `cbd compile`"
+    assert text == golden("retrain").read_text(), "the pipeline has changed: look at `git diff` after `cbd compile`"
+
+
+def test_the_red_teams_golden_files_are_what_it_compiles_to() -> None:
+    assert compiled_text(None, "redteam") == golden("redteam").read_text(), "it has changed: look at `git diff` after `cbd compile`"
+    for overlay in OVERLAYS:
+        following = compiled_text(overlay, "redteam").partition("---\n")[2]
+        assert following == golden("redteam", overlay).read_text(), "the overlay has changed: look at `git diff` after `cbd compile`"
+
+
+def test_on_a_cluster_trials_run_on_gpus_four_at_once_may_be_repeated_and_get_no_key(tmp_path: Path) -> None:
+    compile_pipeline(tmp_path / "redteam.yaml", "redteam", image=PINNED, overlay="gke:trials")
+    compiled, settings = yaml.safe_load_all((tmp_path / "redteam.yaml").read_text())
+    said = of_steps(settings)
+    for name in ("trial-step", "trial-step-2", "trial-step-3"):
+        assert said[name]["nodeSelector"]["labels"] == {"cloud.google.com/gke-nodepool": "trials"}
+    assert "nodeSelector" not in said["take-in-step"] and "nodeSelector" not in said["table-step"]
+    assert not [name for name, told in said.items() if "secretAsVolume" in told]
+    assert {secret["secretName"] for told in said.values() for secret in told.get("secretAsEnv", ())} == {STORE}
+    assert [name for name, task in tasks(compiled).items() if "retryPolicy" not in task or task["cachingOptions"].get("enableCache")] == []
+    loops = [task for task in compiled["root"]["dag"]["tasks"].values() if "parameterIterator" in task]
+    assert [task["iteratorPolicy"]["parallelismLimit"] for task in loops] == [4, 4, 4]
+    assert {executor["container"]["image"] for executor in compiled["deploymentSpec"]["executors"].values()} == {PINNED}
+
+
+def test_a_pipeline_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected one of retrain, redteam"):
+        compile_pipeline(tmp_path / "x.yaml", "retest")
+    assert set(PIPELINES) == {"retrain", "redteam"}
 
 
 def test_compiling_twice_gives_the_same_bytes(text: str) -> None:
@@ -56,7 +84,7 @@ def of_steps(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlays_golden_file_is_the_document_that_follows_the_pipeline(on_clusters: dict[str, str], overlay: str) -> None:
     following = on_clusters[overlay].partition("---\n")[2]
-    assert following == (FOLDER / f"{overlay}.yaml").read_text(), "the overlay has changed: look at `git diff` after `cbd compile`"
+    assert following == golden("retrain", overlay).read_text(), "the overlay has changed: look at `git diff` after `cbd compile`"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -22,7 +22,7 @@ from pipelines.overlays import MORE_SETTINGS, SECRETS, SETTINGS, SIGNING_KEY
 
 PROJECT = Path(__file__).parent.parent
 OVERLAYS = ("dev", "production")
-CUSTOM = {"ExternalSecret", "ServiceMonitor", "PrometheusRule"}
+CUSTOM = {"ExternalSecret", "ServiceMonitor", "PrometheusRule", "EventSource", "Sensor"}
 """Kinds whose schemas come with their operators, not with Kubernetes."""
 NEEDS_TOKEN = {("cbd", "cbd-runs")}
 """Argo's executor in a step's pod talks to the API of Kubernetes; nobody else does."""
