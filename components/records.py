@@ -13,7 +13,8 @@ from typing import Any
 from cbd.errors import CbdError
 from cbd.files import write_json
 
-_TOLD_AS: ContextVar[str | None] = ContextVar("told_as", default=None)
+TOLD_AS: ContextVar[str | None] = ContextVar("told_as", default=None)
+"""The step as whose progress that of others is told; None: each tells its own."""
 IMAGE = "cbd-python:by-digest"
 """Base image of every component: a placeholder that `cbd compile --image` fills in."""
 
@@ -57,11 +58,11 @@ def step(records: str, name: str) -> Iterator[dict[str, Any]]:
 @contextlib.contextmanager
 def told_as(step_name: str) -> Iterator[None]:
     """Inside, progress is told as that of the step which calls others for its own ends."""
-    before = _TOLD_AS.set(step_name)
+    before = TOLD_AS.set(step_name)
     try:
         yield
     finally:
-        _TOLD_AS.reset(before)
+        TOLD_AS.reset(before)
 
 
 def read_records(records: str) -> dict[str, dict[str, Any]]:
@@ -71,7 +72,7 @@ def read_records(records: str) -> dict[str, dict[str, Any]]:
 
 def progress(step_name: str, done: int, total: int, note: str = "") -> None:
     """One line that a person reads in a pod's log and the command line draws as a bar: `[step] done/total note`."""
-    if (outer := _TOLD_AS.get()) is not None:
+    if (outer := TOLD_AS.get()) is not None:
         step_name, note = outer, f"{step_name.removeprefix('train_')} {note}"
     print(f"[{step_name}] {done}/{total} {note}".rstrip(), flush=True)
 

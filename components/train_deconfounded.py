@@ -11,6 +11,7 @@ from cbd.bundle import bundle_digest, read_card
 from cbd.config import Params
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file
+from components.processes import in_processes
 from components.records import kfp_component
 from components.train_confounder import LOSSES, SEPARATION
 from components.training import Loaded, card_of, checkpoint_folder, live_curves, load, teller, write_history
@@ -18,6 +19,7 @@ from components.training import Loaded, card_of, checkpoint_folder, live_curves,
 EVIDENCE = "evidence.parquet"
 
 
+@in_processes("model", "evidence")
 def train_deconfounded(
     dataset: Path,
     confounder: Path,
@@ -147,6 +149,7 @@ def train_deconfounded_step(
     seed: int,
     preset: str,
     model_params: dict,
+    training: dict,
     deconfounded_params: dict,
     dataset: dsl.Input[dsl.Dataset],
     confounder: dsl.Input[dsl.Model],
@@ -162,6 +165,7 @@ def train_deconfounded_step(
         seed: seed of every generator.
         preset: name of the preset.
         model_params: section `model` of params.yaml.
+        training: section of params.yaml.
         deconfounded_params: section `deconfounded` of params.yaml.
         dataset: the untrusted data set.
         confounder: what stage 1 left behind.
@@ -177,7 +181,7 @@ def train_deconfounded_step(
 
     with step(records, "train_deconfounded") as outputs:
         outputs["paths"] = {"model": model.path, "evidence": evidence.path}
-        params = training_params(seed, preset, model_params, deconfounded=deconfounded_params)
+        params = training_params(seed, preset, model_params, deconfounded=deconfounded_params, training=training)
         made = {"params": params, "checkpoints": Path(workspace) / "checkpoints", "tracked": (workspace, run_id)}
         out = {"model": Path(model.path), "evidence": Path(evidence.path)}
         outputs |= train_deconfounded(Path(dataset.path), Path(confounder.path), **out, **made)

@@ -15,7 +15,7 @@ from pipelines import local, outcome
 
 MIN_FREE_BYTES = 2**30
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-SECTIONS = ("ingest", "validation", "model", "confounder", "deconfounded", "canary", "gate", "poison")
+SECTIONS = ("ingest", "validation", "model", "confounder", "deconfounded", "training", "canary", "gate", "poison")
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def pipeline_arguments(order: Order, params: Params, run_dir: Path) -> dict[str,
         "again": order.again,
         "seed": params.seed,
         "preset": params.preset,
+        "gpus": str(params.training.processes if params.training.nodes == 1 else 0),  # a TrainJob has its own
         **{section: sections[section] for section in SECTIONS},
     }
 

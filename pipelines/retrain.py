@@ -29,9 +29,9 @@ from components.version import version_step
 from pipelines.overlays import DATA, SMALL, TRAINING, place, retried
 
 
-def on_gpu(task: dsl.PipelineTask) -> dsl.PipelineTask:
-    """The task, which trains or measures on a GPU and may do so again: it goes on from its checkpoint."""
-    return retried(place(task, TRAINING))
+def on_gpu(task: dsl.PipelineTask, gpus: str = "1") -> dsl.PipelineTask:
+    """The task, which trains or measures on so many GPUs and may do so again: it goes on from its checkpoint."""
+    return retried(place(task, TRAINING).set_accelerator_limit(gpus))
 
 
 @dsl.pipeline(name="retrain", description="From a delivery of untrusted images to a verdict, a model and evidence.")
@@ -48,6 +48,7 @@ def retrain(
     model: dict,
     confounder: dict,
     deconfounded: dict,
+    training: dict,
     canary: dict,
     gate: dict,
     poison: dict,
@@ -57,6 +58,7 @@ def retrain(
     again: bool = False,
     seed: int = 0,
     preset: str = "cbd",
+    gpus: str = "1",
 ):
     """Takes a delivery in, trains, attacks and measures a model, decides on it and registers it as the decision demands.
 
@@ -73,6 +75,7 @@ def retrain(
         model: section of params.yaml.
         confounder: section of params.yaml.
         deconfounded: section of params.yaml.
+        training: section of params.yaml.
         canary: section of params.yaml.
         gate: section of params.yaml, the policy.
         poison: section of params.yaml; an attack makes the run a trial.
@@ -82,6 +85,7 @@ def retrain(
         again: train although the data set would be one that was decided on before.
         seed: seed of every generator.
         preset: name of the preset that the sections came from.
+        gpus: of each training step, as the section `training` says; text, because that is what a cluster reads it as.
     """
     run = {"records": records, "workspace": workspace, "run_id": run_id}
     report = place(report_step(**run), SMALL)
@@ -110,13 +114,14 @@ def retrain(
             with dsl.If(validated["Output"] == True, name="usable"):  # noqa: E712
                 committed = version_step(records=records, truth=taken["truth"], workspace=workspace, supplier=supplier, **sets)
                 versioned = place(committed, SMALL)
-                training = {"dataset": dataset, "seed": seed, "preset": preset, "model_params": model, **run}
+                common = {"dataset": dataset, "seed": seed, "preset": preset, "model_params": model, "training": training, **run}
                 stages = {"confounder_params": confounder, "deconfounded_params": deconfounded}
-                rehearsal = canary_step(canary_params=canary, trusted_set=sets["trusted_set"], **stages, **training)
-                rehearsed = place(rehearsal, TRAINING).after(versioned)
-                caught = on_gpu(train_confounder_step(confounder_params=confounder, **training)).after(versioned).outputs["confounder"]
-                trained = on_gpu(train_deconfounded_step(deconfounded_params=deconfounded, confounder=caught, **training)).outputs
-                undefended = on_gpu(train_undefended_step(enabled=baseline, deconfounded_params=deconfounded, **training)).after(versioned)
+                rehearsal = canary_step(canary_params=canary, trusted_set=sets["trusted_set"], **stages, **common)
+                rehearsed = place(rehearsal, TRAINING).set_accelerator_limit(gpus).after(versioned)
+                caught = on_gpu(train_confounder_step(confounder_params=confounder, **common), gpus).after(versioned).outputs["confounder"]
+                trained = on_gpu(train_deconfounded_step(deconfounded_params=deconfounded, confounder=caught, **common), gpus).outputs
+                plain = train_undefended_step(enabled=baseline, deconfounded_params=deconfounded, **common)
+                undefended = on_gpu(plain, gpus).after(versioned)
                 evaluated = on_gpu(
                     evaluate_step(
                         name=name,
