@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def main() -> None:
-    from cbd.config import Deconfounded, Gate, Params, Training
+    from cbd.config import Deconfounded, Gate, Model, Params, Training
     from cbd.dataset import load_samples
     from cbd.evaluate import clean_accuracy, predictions
     from cbd.models import load_model
@@ -25,12 +25,13 @@ def main() -> None:
     parser.add_argument("dataset", type=Path)
     parser.add_argument("trusted_set", type=Path)
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--processes", default="1,2")
     asked = parser.parse_args()
     print("| processes | seconds | clean accuracy |\n|---|---|---|")
     for number in map(int, asked.processes.split(",")):
-        training = Training(processes=number)
-        params = Params(gate=Gate(min_clean_accuracy=0), deconfounded=Deconfounded(epochs=asked.epochs, noise=0), training=training)
+        sections = {"model": Model(image_size=asked.image_size), "deconfounded": Deconfounded(epochs=asked.epochs, noise=0)}
+        params = Params(gate=Gate(min_clean_accuracy=0), training=Training(processes=number), **sections)
         with tempfile.TemporaryDirectory() as folder:
             started = time.monotonic()
             train_undefended(asked.dataset, Path(folder) / "model", params=params, checkpoints=Path(folder) / "checkpoints")

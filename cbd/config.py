@@ -169,6 +169,11 @@ class Training(Section):
         """Whether one process does it all."""
         return self.processes * self.nodes == 1
 
+    @property
+    def gpus(self) -> int:
+        """How many GPUs a training step on a cluster asks for itself: none where those of a TrainJob do the work."""
+        return self.processes if self.nodes == 1 else 0
+
 
 Family = Literal["patch", "blend", "sinusoid", "warp"]
 

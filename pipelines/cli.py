@@ -85,22 +85,25 @@ def run(data: str | None, trusted: str | None, workspace: Path, as_json: bool, *
 @cbd.command("compile")
 @click.option("--overlay", help="Kind of cluster, with the settings of its GPU nodes: gke, eks or onprem.")
 @click.option("--image", help="NAME@sha256:DIGEST of the image that runs the steps.")
+@click.option(
+    "--gpus", type=click.IntRange(0), default=1, show_default=True, help="Of each training step: as many as `training.processes`."
+)
 @click.option("--manifest", is_flag=True, help="Write resources Pipeline and PipelineVersion, for GitOps.")
 @click.option("--namespace", help="Namespace of these resources.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="File to write.  [default: the project's golden files; with any option ./retrain.yaml]"
 )
-def compile_command(overlay: str | None, image: str | None, manifest: bool, namespace: str | None, out: Path | None) -> int:
+def compile_command(overlay: str | None, image: str | None, gpus: int, manifest: bool, namespace: str | None, out: Path | None) -> int:
     """The pipeline as IR YAML for a Kubeflow Pipelines server."""
     from pipelines.compile import compile_pipeline, write_golden
 
-    if (overlay, image, manifest, out) == (None, None, False, None):
+    if (overlay, image, gpus, manifest, out) == (None, None, 1, False, None):
         for path in write_golden():
             print(f"wrote {path}")
         print("next: git diff")
         return 0
     out = out or Path("retrain.yaml")
-    compile_pipeline(out, image=image, overlay=overlay, manifest=manifest, namespace=namespace)
+    compile_pipeline(out, image=image, overlay=overlay, gpus=gpus, manifest=manifest, namespace=namespace)
     print(f"wrote {out}")
     print(f"next: {'kubectl apply --filename ' + str(out) if manifest else 'cbd submit, or upload it to a Kubeflow Pipelines server'}")
     return 0

@@ -1,6 +1,7 @@
 """The pipeline as IR YAML, for a Kubeflow Pipelines server and for the golden files; and as manifests, for GitOps."""
 
 import contextlib
+import dataclasses
 import hashlib
 import re
 import tempfile
@@ -29,7 +30,13 @@ def check_image(image: str) -> str:
 
 
 def compile_pipeline(
-    out: Path, *, image: str | None = None, overlay: str | None = None, manifest: bool = False, namespace: str | None = None
+    out: Path,
+    *,
+    image: str | None = None,
+    overlay: str | None = None,
+    gpus: int = 1,
+    manifest: bool = False,
+    namespace: str | None = None,
 ) -> None:
     """Writes `retrain` compiled to `out`; every step runs in `image`, or in the placeholder of the golden files.
 
@@ -37,6 +44,7 @@ def compile_pipeline(
         out: a YAML file.
         image: NAME@sha256:DIGEST.
         overlay: kind of cluster, a name in `overlays.OVERLAYS`; None compiles without settings of a cluster.
+        gpus: of each training step, on a kind of cluster.
         manifest: write resources `Pipeline` and `PipelineVersion` instead, for a cluster. The version's name ends in 12 hex digits
             of what it holds, so that applying it twice is applying it once, and another pipeline is another version.
         namespace: of these resources.
@@ -51,17 +59,17 @@ def compile_pipeline(
     if manifest and image is None:
         raise ConfigError("--manifest: a cluster runs what it says, so name the image too: --image NAME@sha256:DIGEST")
     filled = IMAGE if image is None else check_image(image)
-    text = compiled_text(overlay).replace(IMAGE, filled)
+    text = compiled_text(overlay, gpus).replace(IMAGE, filled)
     if manifest:
         version = f"retrain-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        text = _written(overlay, version=version, namespace=namespace).replace(IMAGE, filled)
+        text = _written(overlay, gpus, version=version, namespace=namespace).replace(IMAGE, filled)
     with replacing(out) as temporary:
         temporary.write_text(text)
 
 
-def compiled_text(overlay: str | None = None) -> str:
+def compiled_text(overlay: str | None = None, gpus: int = 1) -> str:
     """The IR YAML of `retrain` with the placeholder as image; with an overlay, its settings follow as a second document."""
-    return _written(overlay)
+    return _written(overlay, gpus)
 
 
 def write_golden() -> list[Path]:
@@ -80,7 +88,7 @@ def settings_text(overlay: str) -> str:
     return compiled_text(overlay).partition(SEPARATOR)[2]
 
 
-def _written(overlay: str | None, *, version: str | None = None, namespace: str | None = None) -> str:
+def _written(overlay: str | None, gpus: int, *, version: str | None = None, namespace: str | None = None) -> str:
     """What KFP's compiler writes: IR YAML, or manifests if there is a name for the version."""
     from kfp import compiler
     from kfp.compiler.compiler_utils import KubernetesManifestOptions
@@ -91,21 +99,23 @@ def _written(overlay: str | None, *, version: str | None = None, namespace: str 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         path = Path(folder) / "retrain.yaml"
         compiler.Compiler().compile(
-            _built(overlay), str(path), kubernetes_manifest_options=options, kubernetes_manifest_format=bool(version)
+            _built(overlay, gpus), str(path), kubernetes_manifest_options=options, kubernetes_manifest_format=bool(version)
         )
         return path.read_text()
 
 
-def _built(overlay: str | None) -> "GraphComponent":
-    """The pipeline, built for a kind of cluster; raises ConfigError if it is not known."""
+def _built(overlay: str | None, gpus: int) -> "GraphComponent":
+    """The pipeline, built for a kind of cluster; raises ConfigError if it is not known, or not named where it must be."""
     from kfp import dsl
 
     from pipelines.overlays import OVERLAYS, chosen
     from pipelines.retrain import retrain
 
     if overlay is None:
+        if gpus != 1:
+            raise ConfigError(f"--gpus {gpus}: only clusters are told; name the kind of yours, too, by --overlay")
         return retrain
     if overlay not in OVERLAYS:
         raise ConfigError(f"--overlay {overlay!r}: expected one of {', '.join(OVERLAYS)}")
-    with chosen(OVERLAYS[overlay]):
+    with chosen(dataclasses.replace(OVERLAYS[overlay], gpus=gpus)):
         return dsl.pipeline(name=retrain.name, description=retrain.description)(retrain.pipeline_func)

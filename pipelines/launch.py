@@ -76,7 +76,6 @@ def pipeline_arguments(order: Order, params: Params, run_dir: Path) -> dict[str,
         "again": order.again,
         "seed": params.seed,
         "preset": params.preset,
-        "gpus": str(params.training.processes if params.training.nodes == 1 else 0),  # a TrainJob has its own
         **{section: sections[section] for section in SECTIONS},
     }
 

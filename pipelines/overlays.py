@@ -40,6 +40,7 @@ class Needs:
     timeout_seconds: int
     """After so long the step is ended and counts as failed."""
     gpus: int = 0
+    """As long as an overlay does not say otherwise of a training step."""
 
 
 SMALL = Needs(("500m", "2"), ("2G", "4G"), 3600)
@@ -47,7 +48,9 @@ SMALL = Needs(("500m", "2"), ("2G", "4G"), 3600)
 DATA = Needs(("2", "4"), ("8G", "16G"), 6 * 3600)
 """Steps that decode and validate."""
 TRAINING = Needs(("4", "8"), ("16G", "32G"), 24 * 3600, gpus=1)
-"""Steps that train and measure."""
+"""Steps that train."""
+MEASURING = Needs(TRAINING.cpu, TRAINING.memory, TRAINING.timeout_seconds, gpus=1)
+"""Steps that measure what was trained."""
 RETRIES = {"num_retries": 3, "backoff_duration": "60s", "backoff_factor": 2.0, "backoff_max_duration": "900s"}
 
 
@@ -58,6 +61,8 @@ class Overlay:
     selector: dict[str, str]
     taints: dict[str, str] = field(default_factory=dict)
     """Tolerated taints beside that of the GPU, with their values."""
+    gpus: int = 1
+    """Of each training step."""
 
 
 OVERLAYS = {
@@ -83,9 +88,11 @@ def place(task: dsl.PipelineTask, needs: Needs) -> dsl.PipelineTask:
     task.set_caching_options(False)
     task.set_cpu_request(needs.cpu[0]).set_cpu_limit(needs.cpu[1])
     task.set_memory_request(needs.memory[0]).set_memory_limit(needs.memory[1])
+    overlay = _CHOSEN.get()
     if needs.gpus:
-        task.set_accelerator_type(GPU_RESOURCE).set_accelerator_limit(needs.gpus)
-    if overlay := _CHOSEN.get():
+        gpus = overlay.gpus if overlay and needs is TRAINING else needs.gpus
+        task.set_accelerator_type(GPU_RESOURCE).set_accelerator_limit(gpus)
+    if overlay:
         _on_cluster(task, needs)
         if needs.gpus:
             _on_gpu_nodes(task, overlay)

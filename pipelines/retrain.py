@@ -26,12 +26,12 @@ from components.train_deconfounded import train_deconfounded_step
 from components.train_undefended import train_undefended_step
 from components.validate import validate_step
 from components.version import version_step
-from pipelines.overlays import DATA, SMALL, TRAINING, place, retried
+from pipelines.overlays import DATA, MEASURING, SMALL, TRAINING, Needs, place, retried
 
 
-def on_gpu(task: dsl.PipelineTask, gpus: str = "1") -> dsl.PipelineTask:
-    """The task, which trains or measures on so many GPUs and may do so again: it goes on from its checkpoint."""
-    return retried(place(task, TRAINING).set_accelerator_limit(gpus))
+def on_gpu(task: dsl.PipelineTask, needs: Needs = TRAINING) -> dsl.PipelineTask:
+    """The task, which trains or measures on a GPU and may do so again: it goes on from its checkpoint."""
+    return retried(place(task, needs))
 
 
 @dsl.pipeline(name="retrain", description="From a delivery of untrusted images to a verdict, a model and evidence.")
@@ -58,7 +58,6 @@ def retrain(
     again: bool = False,
     seed: int = 0,
     preset: str = "cbd",
-    gpus: str = "1",
 ):
     """Takes a delivery in, trains, attacks and measures a model, decides on it and registers it as the decision demands.
 
@@ -85,7 +84,6 @@ def retrain(
         again: train although the data set would be one that was decided on before.
         seed: seed of every generator.
         preset: name of the preset that the sections came from.
-        gpus: of each training step, as the section `training` says; text, because that is what a cluster reads it as.
     """
     run = {"records": records, "workspace": workspace, "run_id": run_id}
     report = place(report_step(**run), SMALL)
@@ -117,11 +115,10 @@ def retrain(
                 common = {"dataset": dataset, "seed": seed, "preset": preset, "model_params": model, "training": training, **run}
                 stages = {"confounder_params": confounder, "deconfounded_params": deconfounded}
                 rehearsal = canary_step(canary_params=canary, trusted_set=sets["trusted_set"], **stages, **common)
-                rehearsed = place(rehearsal, TRAINING).set_accelerator_limit(gpus).after(versioned)
-                caught = on_gpu(train_confounder_step(confounder_params=confounder, **common), gpus).after(versioned).outputs["confounder"]
-                trained = on_gpu(train_deconfounded_step(deconfounded_params=deconfounded, confounder=caught, **common), gpus).outputs
-                plain = train_undefended_step(enabled=baseline, deconfounded_params=deconfounded, **common)
-                undefended = on_gpu(plain, gpus).after(versioned)
+                rehearsed = place(rehearsal, TRAINING).after(versioned)
+                caught = on_gpu(train_confounder_step(confounder_params=confounder, **common)).after(versioned).outputs["confounder"]
+                trained = on_gpu(train_deconfounded_step(deconfounded_params=deconfounded, confounder=caught, **common)).outputs
+                undefended = on_gpu(train_undefended_step(enabled=baseline, deconfounded_params=deconfounded, **common)).after(versioned)
                 evaluated = on_gpu(
                     evaluate_step(
                         name=name,
@@ -134,10 +131,13 @@ def retrain(
                         undefended=undefended.outputs["model"],
                         **sets,
                         **run,
-                    )
+                    ),
+                    MEASURING,
                 )
                 found = {"confounder": caught, "model": trained["model"], "trusted_set": taken["trusted_set"]}
-                searched = on_gpu(scan_step(records=records, workspace=workspace, seed=seed, gate=gate, **found)).after(evaluated)
+                searched = on_gpu(scan_step(records=records, workspace=workspace, seed=seed, gate=gate, **found), MEASURING).after(
+                    evaluated
+                )
                 measured = {"evaluation": evaluated.outputs["evaluation"], "canary": rehearsed.outputs["canary"]}
                 measured["scanned"] = searched.outputs["scanned"]
                 decided = place(decide_step(model=trained["model"], **measured, **judged), SMALL).outputs

@@ -60,7 +60,7 @@ def submit(order: Order, params: Params, cluster: Cluster, *, run_id: str = "", 
     if not NAME.fullmatch(run_id):
         raise ConfigError(f"--run-id {run_id!r}: expected up to 64 letters, digits, '.', '_' or '-', starting with a letter or digit")
     given = arguments(order, params, run_id)
-    with compiled(cluster) as package:
+    with compiled(cluster, params) as package:
         client = connect(cluster.namespace)
         experiment = experiment_of(client, cluster.namespace)
         started = find_run(client, experiment, run_id)
@@ -95,12 +95,12 @@ def arguments(order: Order, params: Params, run_id: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def compiled(cluster: Cluster) -> Iterator[Path]:
+def compiled(cluster: Cluster, params: Params) -> Iterator[Path]:
     """The pipeline for the cluster, in a file that is gone afterwards; raises ConfigError on a bare tag or an unknown overlay."""
     check_image(cluster.image)
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "retrain.yaml"
-        compile_pipeline(package, image=cluster.image, overlay=cluster.overlay)
+        compile_pipeline(package, image=cluster.image, overlay=cluster.overlay, gpus=params.training.gpus)
         yield package
 
 

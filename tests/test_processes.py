@@ -19,13 +19,12 @@ from trainings import params
 
 from cbd.config import Params, Training
 from cbd.dataset import make_row, to_batches, write_dataset
-from cbd.errors import DataError, EnvironmentFault
+from cbd.errors import ConfigError, DataError, EnvironmentFault
 from components.processes import _why
 from components.records import told_as
 from components.train_confounder import train_confounder
 from components.train_deconfounded import train_deconfounded
-from pipelines.compile import GOLDEN
-from pipelines.launch import Order, pipeline_arguments
+from pipelines.compile import compile_pipeline, compiled_text
 
 TORCHRUN_SAYS = """
 ------------------------------------------------------------
@@ -146,16 +145,18 @@ def test_from_a_checkpoint_of_two_processes_a_single_one_goes_on(dataset: Path, 
     assert "epoch" not in heard.getvalue() and told["steps"] == 6
 
 
-@pytest.mark.parametrize(("training", "gpus"), [(Training(), "1"), (Training(processes=4), "4"), (Training(processes=4, nodes=2), "0")])
-def test_a_training_step_asks_for_a_gpu_for_each_of_its_processes_and_for_none_where_a_train_job_has_them(
-    training: Training, gpus: str, tmp_path: Path
+@pytest.mark.parametrize(("training", "gpus"), [(Training(), 1), (Training(processes=4), 4), (Training(processes=4, nodes=2), 0)])
+def test_a_training_step_on_a_cluster_asks_for_a_gpu_for_each_of_its_processes_and_for_none_where_a_train_job_has_them(
+    training: Training, gpus: int
 ) -> None:
-    order = Order(data="s3://b/d", trusted="s3://b/t", workspace=tmp_path)
-    told = pipeline_arguments(order, params(1).model_copy(update={"training": training}), tmp_path / "runs" / "r")
-    assert told["gpus"] == gpus and told["training"] == training.model_dump()
-    executors = yaml.safe_load(GOLDEN.read_text())["deploymentSpec"]["executors"]
-    asked = {name: made["container"]["resources"].get("accelerator", {}).get("resourceCount") for name, made in executors.items()}
-    variable = "{{$.inputs.parameters['pipelinechannel--gpus']}}"
-    assert {name for name, count in asked.items() if count == variable} == {
-        f"exec-{step}-step" for step in ("canary", "train-confounder", "train-deconfounded", "train-undefended")
-    }
+    spec = next(yaml.safe_load_all(compiled_text("gke", training.gpus)))
+    executors = spec["deploymentSpec"]["executors"]
+    asked = {name: made["container"]["resources"].get("accelerator", {}).get("count") for name, made in executors.items()}
+    for step in ("canary", "train-confounder", "train-deconfounded", "train-undefended"):
+        assert asked.pop(f"exec-{step}-step") == (str(gpus) if gpus else None)
+    assert {name for name, count in asked.items() if count} == {"exec-evaluate-step", "exec-scan-step"}
+
+
+def test_gpus_without_a_kind_of_cluster_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--gpus 4: .* by --overlay"):
+        compile_pipeline(tmp_path / "x.yaml", gpus=4)
