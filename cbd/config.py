@@ -156,6 +156,25 @@ class Deconfounded(Section):
     """Weight of the mean squared norm of the embedding z."""
 
 
+class Training(Section):
+    """Where one model is trained: how many processes share every batch. Results are the same but for rounding."""
+
+    processes: int = Field(default=1, ge=1)
+    """Processes on a machine, each with a GPU of its own, or sharing the CPU. `batch_size` must be a multiple of all processes."""
+    nodes: int = Field(default=1, ge=1)
+    """Machines; more than one are asked for as a TrainJob of Kubeflow Trainer, on a cluster only."""
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether one process does it all."""
+        return self.processes * self.nodes == 1
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs a training step on a cluster asks for itself: none where those of a TrainJob do the work."""
+        return self.processes if self.nodes == 1 else 0
+
+
 Family = Literal["patch", "blend", "sinusoid", "warp"]
 
 
@@ -242,6 +261,7 @@ class Params(Section):
     model: Model = Model()
     confounder: Confounder = Confounder()
     deconfounded: Deconfounded = Deconfounded()
+    training: Training = Training()
     canary: Canary = Canary()
     gate: Gate
     poison: Poison = Poison()

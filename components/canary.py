@@ -172,6 +172,7 @@ def canary_step(
     seed: int,
     preset: str,
     model_params: dict,
+    training: dict,
     confounder_params: dict,
     deconfounded_params: dict,
     canary_params: dict,
@@ -188,6 +189,7 @@ def canary_step(
         seed: seed of every generator.
         preset: name of the preset.
         model_params: section `model` of params.yaml.
+        training: section of params.yaml.
         confounder_params: section `confounder` of params.yaml.
         deconfounded_params: section `deconfounded` of params.yaml.
         canary_params: section `canary` of params.yaml.
@@ -197,7 +199,7 @@ def canary_step(
     """
     from components.canary import canary_recorded
 
-    sections = {"confounder": confounder_params, "deconfounded": deconfounded_params}
+    sections = {"confounder": confounder_params, "deconfounded": deconfounded_params, "training": training}
     about = {"canary": canary_params, "seed": seed, "preset": preset, "model": model_params, "sections": sections}
     canary_recorded(records, (dataset.path, trusted_set.path, canary.path), about, workspace=workspace, run_id=run_id)
 

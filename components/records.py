@@ -14,7 +14,8 @@ from typing import Any
 from cbd.errors import CbdError
 from cbd.files import replacing, sha256_file, write_json
 
-_TOLD_AS: ContextVar[str | None] = ContextVar("told_as", default=None)
+TOLD_AS: ContextVar[str | None] = ContextVar("told_as", default=None)
+"""The step as whose progress that of others is told; None: each tells its own."""
 ARTIFACTS = "artifacts"
 """Folder of a run in which steps keep artifacts that would otherwise lie where only they can read them."""
 IMAGE = "cbd-python:by-digest"
@@ -88,11 +89,11 @@ def _kept(source: str, target: Path) -> str:
 @contextlib.contextmanager
 def told_as(step_name: str) -> Iterator[None]:
     """Inside, progress is told as that of the step which calls others for its own ends."""
-    before = _TOLD_AS.set(step_name)
+    before = TOLD_AS.set(step_name)
     try:
         yield
     finally:
-        _TOLD_AS.reset(before)
+        TOLD_AS.reset(before)
 
 
 def read_records(records: str) -> dict[str, dict[str, Any]]:
@@ -102,7 +103,7 @@ def read_records(records: str) -> dict[str, dict[str, Any]]:
 
 def progress(step_name: str, done: int, total: int, note: str = "") -> None:
     """One line that a person reads in a pod's log and the command line draws as a bar: `[step] done/total note`."""
-    if (outer := _TOLD_AS.get()) is not None:
+    if (outer := TOLD_AS.get()) is not None:
         step_name, note = outer, f"{step_name.removeprefix('train_')} {note}"
     print(f"[{step_name}] {done}/{total} {note}".rstrip(), flush=True)
 

@@ -8,6 +8,7 @@ from kfp import dsl
 from cbd.config import Params
 from cbd.files import replacing, write_json
 from components.checkpoints import going_on
+from components.processes import in_processes
 from components.records import kfp_component, progress
 from components.training import card_of, checkpoint_folder, live_curves, load, teller, write_history
 
@@ -16,6 +17,7 @@ SEPARATION = "separation.json"
 PATTERN_IMAGE = "pattern-{number}.png"
 
 
+@in_processes("out")
 def train_confounder(
     dataset: Path, out: Path, *, params: Params, checkpoints: Path, tracked: tuple[str, str] | None = None
 ) -> dict[str, Any]:
@@ -203,6 +205,7 @@ def train_confounder_step(
     seed: int,
     preset: str,
     model_params: dict,
+    training: dict,
     confounder_params: dict,
     dataset: dsl.Input[dsl.Dataset],
     confounder: dsl.Output[dsl.Model],
@@ -216,6 +219,7 @@ def train_confounder_step(
         seed: seed of every generator.
         preset: name of the preset.
         model_params: section `model` of params.yaml.
+        training: section of params.yaml.
         confounder_params: section `confounder` of params.yaml.
         dataset: the untrusted data set.
         confounder: bundle, per-sample losses, separation and curves.
@@ -229,7 +233,7 @@ def train_confounder_step(
 
     with step(records, "train_confounder") as outputs:
         outputs["paths"] = {"confounder": confounder.path}
-        params = training_params(seed, preset, model_params, confounder=confounder_params)
+        params = training_params(seed, preset, model_params, confounder=confounder_params, training=training)
         made = {"params": params, "checkpoints": Path(workspace) / "checkpoints", "tracked": (workspace, run_id)}
         outputs |= train_confounder(Path(dataset.path), Path(confounder.path), **made)
         outputs["attestation"] = attest_training(records, "train_confounder", Path(confounder.path), workspace=workspace)

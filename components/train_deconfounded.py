@@ -13,6 +13,7 @@ from cbd.dataset import read_images
 from cbd.errors import DataError
 from cbd.files import replacing, sha256_file
 from components.checkpoints import going_on
+from components.processes import in_processes
 from components.records import kfp_component
 from components.train_confounder import LOSSES, SEPARATION
 from components.training import Loaded, card_of, checkpoint_folder, live_curves, load, teller, write_history
@@ -23,6 +24,7 @@ SHOWN = 48
 """Images in the gallery, the most suspicious first."""
 
 
+@in_processes("model", "evidence")
 def train_deconfounded(
     dataset: Path,
     confounder: Path,
@@ -162,6 +164,7 @@ def train_deconfounded_step(
     seed: int,
     preset: str,
     model_params: dict,
+    training: dict,
     deconfounded_params: dict,
     dataset: dsl.Input[dsl.Dataset],
     confounder: dsl.Input[dsl.Model],
@@ -177,6 +180,7 @@ def train_deconfounded_step(
         seed: seed of every generator.
         preset: name of the preset.
         model_params: section `model` of params.yaml.
+        training: section of params.yaml.
         deconfounded_params: section `deconfounded` of params.yaml.
         dataset: the untrusted data set.
         confounder: what stage 1 left behind.
@@ -192,7 +196,7 @@ def train_deconfounded_step(
 
     with step(records, "train_deconfounded") as outputs:
         outputs["paths"] = {"model": model.path, "evidence": evidence.path}
-        params = training_params(seed, preset, model_params, deconfounded=deconfounded_params)
+        params = training_params(seed, preset, model_params, deconfounded=deconfounded_params, training=training)
         made = {"params": params, "checkpoints": Path(workspace) / "checkpoints", "tracked": (workspace, run_id)}
         out = {"model": Path(model.path), "evidence": Path(evidence.path)}
         outputs |= train_deconfounded(Path(dataset.path), Path(confounder.path), **out, **made)

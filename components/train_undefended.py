@@ -9,10 +9,12 @@ from cbd.bundle import bundle_digest
 from cbd.config import Params
 from cbd.files import replacing
 from components.checkpoints import going_on
+from components.processes import in_processes
 from components.records import kfp_component
 from components.training import card_of, checkpoint_folder, live_curves, load, teller, write_history
 
 
+@in_processes("model")
 def train_undefended(
     dataset: Path, model: Path, *, params: Params, checkpoints: Path, tracked: tuple[str, str] | None = None
 ) -> dict[str, Any]:
@@ -52,6 +54,7 @@ def train_undefended_step(
     seed: int,
     preset: str,
     model_params: dict,
+    training: dict,
     deconfounded_params: dict,
     dataset: dsl.Input[dsl.Dataset],
     model: dsl.Output[dsl.Model],
@@ -66,6 +69,7 @@ def train_undefended_step(
         seed: seed of every generator.
         preset: name of the preset.
         model_params: section `model` of params.yaml.
+        training: section of params.yaml.
         deconfounded_params: section `deconfounded` of params.yaml.
         dataset: the untrusted data set.
         model: the undefended model's bundle.
@@ -80,7 +84,7 @@ def train_undefended_step(
     if enabled:
         with step(records, "train_undefended") as outputs:
             outputs["paths"] = {"model": model.path}
-            params = training_params(seed, preset, model_params, deconfounded=deconfounded_params)
+            params = training_params(seed, preset, model_params, deconfounded=deconfounded_params, training=training)
             made = {"params": params, "checkpoints": Path(workspace) / "checkpoints", "tracked": (workspace, run_id)}
             outputs |= train_undefended(Path(dataset.path), Path(model.path), **made)
             outputs["attestation"] = attest_training(records, "train_undefended", Path(model.path), workspace=workspace)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cbd.bundle import BundleCard, Kind
-from cbd.config import Confounder, Deconfounded, Gate, Model, Params, canonical_json, check_section
+from cbd.config import Confounder, Deconfounded, Gate, Model, Params, Training, canonical_json, check_section
 from cbd.dataset import DatasetInfo, load_samples, read_info
 from components.records import progress
 
@@ -44,7 +44,7 @@ def load(dataset: Path, params: Params) -> Loaded:
 
 def training_params(seed: int, preset: str, model: dict[str, Any], **sections: dict[str, Any]) -> Params:
     """The sections that a training step was given, checked again, as `Params` (its policy is a placeholder: no training reads one)."""
-    kinds = {"confounder": Confounder, "deconfounded": Deconfounded}
+    kinds = {"confounder": Confounder, "deconfounded": Deconfounded, "training": Training}
     checked: dict[str, Any] = {name: check_section(kinds[name], values, name=name) for name, values in sections.items()}
     return Params.model_validate(
         {"seed": seed, "preset": preset, "model": check_section(Model, model, name="model"), "gate": Gate(min_clean_accuracy=0), **checked}

@@ -86,6 +86,9 @@ def run(data: str | None, trusted: str | None, workspace: Path, as_json: bool, *
 @click.argument("pipeline", type=click.Choice(["retrain", "redteam"]), default="retrain")
 @click.option("--overlay", help="Kind of cluster: gke, eks or onprem; with its pool of GPU nodes, such as gke:POOL.")
 @click.option("--image", help="NAME@sha256:DIGEST of the image that runs the steps.")
+@click.option(
+    "--gpus", type=click.IntRange(0), default=1, show_default=True, help="Of each training step: as many as `training.processes`."
+)
 @click.option("--manifest", is_flag=True, help="Write resources Pipeline and PipelineVersion, for GitOps.")
 @click.option("--namespace", help="Namespace of these resources.")
 @click.option(
@@ -93,17 +96,19 @@ def run(data: str | None, trusted: str | None, workspace: Path, as_json: bool, *
     type=click.Path(path_type=Path),
     help="File to write.  [default: the golden files; with anything else ./PIPELINE.yaml]",
 )
-def compile_command(pipeline: str, overlay: str | None, image: str | None, manifest: bool, namespace: str | None, out: Path | None) -> int:
+def compile_command(
+    pipeline: str, overlay: str | None, image: str | None, gpus: int, manifest: bool, namespace: str | None, out: Path | None
+) -> int:
     """PIPELINE (retrain, or redteam) as IR YAML for a Kubeflow Pipelines server."""
     from pipelines.compile import compile_pipeline, write_golden
 
-    if (pipeline, overlay, image, manifest, out) == ("retrain", None, None, False, None):
+    if (pipeline, overlay, image, gpus, manifest, out) == ("retrain", None, None, 1, False, None):
         for path in write_golden():
             print(f"wrote {path}")
         print("next: git diff")
         return 0
     out = out or Path(f"{pipeline}.yaml")
-    compile_pipeline(out, pipeline, image=image, overlay=overlay, manifest=manifest, namespace=namespace)
+    compile_pipeline(out, pipeline, image=image, overlay=overlay, gpus=gpus, manifest=manifest, namespace=namespace)
     print(f"wrote {out}")
     print(f"next: {'kubectl apply --filename ' + str(out) if manifest else 'cbd submit, or upload it to a Kubeflow Pipelines server'}")
     return 0

@@ -1,6 +1,7 @@
 """The pipelines as IR YAML, for a Kubeflow Pipelines server and for the golden files; and as manifests, for GitOps."""
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib
 import re
@@ -36,6 +37,7 @@ def compile_pipeline(
     *,
     image: str | None = None,
     overlay: str | None = None,
+    gpus: int = 1,
     manifest: bool = False,
     namespace: str | None = None,
 ) -> None:
@@ -46,6 +48,7 @@ def compile_pipeline(
         pipeline: a name in `PIPELINES`.
         image: NAME@sha256:DIGEST.
         overlay: kind of cluster, as `overlays.find_overlay` knows it; None compiles without settings of a cluster.
+        gpus: of each training step, on a kind of cluster.
         manifest: write resources `Pipeline` and `PipelineVersion` instead, for a cluster. The version's name ends in 12 hex digits
             of what it holds, so that applying it twice is applying it once, and another pipeline is another version.
         namespace: of these resources.
@@ -60,17 +63,17 @@ def compile_pipeline(
     if manifest and image is None:
         raise ConfigError("--manifest: a cluster runs what it says, so name the image too: --image NAME@sha256:DIGEST")
     filled = IMAGE if image is None else check_image(image)
-    text = compiled_text(overlay, pipeline).replace(IMAGE, filled)
+    text = compiled_text(overlay, pipeline, gpus).replace(IMAGE, filled)
     if manifest:
         version = f"{pipeline}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        text = _written(overlay, pipeline, version=version, namespace=namespace).replace(IMAGE, filled)
+        text = _written(overlay, pipeline, gpus, version=version, namespace=namespace).replace(IMAGE, filled)
     with replacing(out) as temporary:
         temporary.write_text(text)
 
 
-def compiled_text(overlay: str | None = None, pipeline: str = "retrain") -> str:
+def compiled_text(overlay: str | None = None, pipeline: str = "retrain", gpus: int = 1) -> str:
     """The IR YAML of a pipeline with the placeholder as image; with an overlay, its settings follow as a second document."""
-    return _written(overlay, pipeline)
+    return _written(overlay, pipeline, gpus)
 
 
 def golden(pipeline: str, overlay: str | None = None) -> Path:
@@ -95,7 +98,7 @@ def settings_text(overlay: str, pipeline: str = "retrain") -> str:
     return compiled_text(overlay, pipeline).partition(SEPARATOR)[2]
 
 
-def _written(overlay: str | None, pipeline: str, *, version: str | None = None, namespace: str | None = None) -> str:
+def _written(overlay: str | None, pipeline: str, gpus: int, *, version: str | None = None, namespace: str | None = None) -> str:
     """What KFP's compiler writes: IR YAML, or manifests if there is a name for the version."""
     from kfp import compiler
     from kfp.compiler.compiler_utils import KubernetesManifestOptions
@@ -106,13 +109,13 @@ def _written(overlay: str | None, pipeline: str, *, version: str | None = None, 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         path = Path(folder) / "compiled.yaml"
         compiler.Compiler().compile(
-            _built(overlay, pipeline), str(path), kubernetes_manifest_options=options, kubernetes_manifest_format=bool(version)
+            _built(overlay, pipeline, gpus), str(path), kubernetes_manifest_options=options, kubernetes_manifest_format=bool(version)
         )
         return path.read_text()
 
 
-def _built(overlay: str | None, pipeline: str) -> "GraphComponent":
-    """The pipeline, built for a kind of cluster; raises ConfigError if that is not known."""
+def _built(overlay: str | None, pipeline: str, gpus: int) -> "GraphComponent":
+    """The pipeline, built for a kind of cluster; raises ConfigError if that is not known, or not named where it must be."""
     from kfp import dsl
 
     from pipelines.overlays import chosen, find_overlay
@@ -121,6 +124,8 @@ def _built(overlay: str | None, pipeline: str) -> "GraphComponent":
         raise ConfigError(f"{pipeline!r}: no such pipeline; expected one of {', '.join(PIPELINES)}")
     defined: GraphComponent = getattr(importlib.import_module(PIPELINES[pipeline]), pipeline)
     if overlay is None:
+        if gpus != 1:
+            raise ConfigError(f"--gpus {gpus}: only clusters are told; name the kind of yours, too, by --overlay")
         return defined
-    with chosen(find_overlay(overlay)):
+    with chosen(dataclasses.replace(find_overlay(overlay), gpus=gpus)):
         return dsl.pipeline(name=defined.name, description=defined.description)(defined.pipeline_func)

@@ -15,7 +15,7 @@ from pipelines import local, outcome
 
 MIN_FREE_BYTES = 2**30
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-SECTIONS = ("ingest", "validation", "model", "confounder", "deconfounded", "canary", "gate", "poison")
+SECTIONS = ("ingest", "validation", "model", "confounder", "deconfounded", "training", "canary", "gate", "poison")
 
 
 @dataclass(frozen=True)

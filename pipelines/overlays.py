@@ -54,6 +54,7 @@ class Needs:
     timeout_seconds: int
     """After so long the step is ended and counts as failed."""
     gpus: int = 0
+    """As long as an overlay does not say otherwise of a training step."""
 
 
 SMALL = Needs(("500m", "2"), ("2G", "4G"), 3600)
@@ -61,7 +62,9 @@ SMALL = Needs(("500m", "2"), ("2G", "4G"), 3600)
 DATA = Needs(("2", "4"), ("8G", "16G"), 6 * 3600)
 """Steps that decode and validate."""
 TRAINING = Needs(("4", "8"), ("16G", "32G"), 24 * 3600, gpus=1)
-"""Steps that train and measure."""
+"""Steps that train."""
+MEASURING = Needs(TRAINING.cpu, TRAINING.memory, TRAINING.timeout_seconds, gpus=1)
+"""Steps that measure what was trained."""
 RETRIES = {"num_retries": 3, "backoff_duration": "60s", "backoff_factor": 2.0, "backoff_max_duration": "900s"}
 
 
@@ -75,6 +78,8 @@ class Overlay:
     """Labels of the GPU nodes, where no pool is named."""
     taints: dict[str, str] = field(default_factory=dict)
     """Tolerated taints beside that of the GPU, with their values."""
+    gpus: int = 1
+    """Of each training step."""
 
 
 OVERLAYS = {
@@ -114,9 +119,11 @@ def place(task: dsl.PipelineTask, needs: Needs, *secrets: str) -> dsl.PipelineTa
     Resources are set as one: each of KFP's setters reads the source of the whole call stack for its error message, 30 ms a call.
     """
     task.set_caching_options(False)
-    gpu = (GPU_RESOURCE, str(needs.gpus)) if needs.gpus else (None, None)
+    overlay = _CHOSEN.get()
+    gpus = overlay.gpus if overlay and needs is TRAINING else needs.gpus
+    gpu = (GPU_RESOURCE, str(gpus)) if needs.gpus else (None, None)
     task.container_spec.resources = ResourceSpec(*needs.cpu, *needs.memory, *gpu)
-    if overlay := _CHOSEN.get():
+    if overlay:
         _on_cluster(task, needs, secrets)
         if needs.gpus:
             _on_gpu_nodes(task, overlay)

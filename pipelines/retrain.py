@@ -27,12 +27,12 @@ from components.train_deconfounded import train_deconfounded_step
 from components.train_undefended import train_undefended_step
 from components.validate import validate_step
 from components.version import version_step
-from pipelines.overlays import DATA, KEY, SMALL, STORE, TRACKING, TRAINING, place, retried
+from pipelines.overlays import DATA, KEY, MEASURING, SMALL, STORE, TRACKING, TRAINING, Needs, place, retried
 
 
-def on_gpu(task: dsl.PipelineTask, *secrets: str) -> dsl.PipelineTask:
+def on_gpu(task: dsl.PipelineTask, *secrets: str, needs: Needs = TRAINING) -> dsl.PipelineTask:
     """The task, which trains or measures on a GPU and may do so again: it goes on from its checkpoint."""
-    return retried(place(task, TRAINING, *secrets))
+    return retried(place(task, needs, *secrets))
 
 
 @dsl.pipeline(name="retrain", description="From a delivery of untrusted images to a verdict, a model and evidence.")
@@ -49,6 +49,7 @@ def retrain(
     model: dict,
     confounder: dict,
     deconfounded: dict,
+    training: dict,
     canary: dict,
     gate: dict,
     poison: dict,
@@ -74,6 +75,7 @@ def retrain(
         model: section of params.yaml.
         confounder: section of params.yaml.
         deconfounded: section of params.yaml.
+        training: section of params.yaml.
         canary: section of params.yaml.
         gate: section of params.yaml, the policy.
         poison: section of params.yaml; an attack makes the run a trial.
@@ -113,15 +115,15 @@ def retrain(
             with dsl.If(validated["Output"] == True, name="usable"):  # noqa: E712
                 committed = version_step(records=records, truth=taken["truth"], workspace=workspace, supplier=supplier, **sets)
                 versioned = retried(place(committed, SMALL, KEY, STORE))
-                training = {"dataset": dataset, "seed": seed, "preset": preset, "model_params": model, **run}
+                common = {"dataset": dataset, "seed": seed, "preset": preset, "model_params": model, "training": training, **run}
                 stages = {"confounder_params": confounder, "deconfounded_params": deconfounded}
-                rehearsal = canary_step(canary_params=canary, trusted_set=sets["trusted_set"], **stages, **training)
+                rehearsal = canary_step(canary_params=canary, trusted_set=sets["trusted_set"], **stages, **common)
                 rehearsed = on_gpu(rehearsal, KEY, STORE).after(versioned)
-                views = train_confounder_step(confounder_params=confounder, **training)
+                views = train_confounder_step(confounder_params=confounder, **common)
                 caught = on_gpu(views, KEY, TRACKING, STORE).after(versioned).outputs["confounder"]
-                second = train_deconfounded_step(deconfounded_params=deconfounded, confounder=caught, **training)
+                second = train_deconfounded_step(deconfounded_params=deconfounded, confounder=caught, **common)
                 trained = on_gpu(second, KEY, TRACKING, STORE).outputs
-                plain = train_undefended_step(enabled=baseline, deconfounded_params=deconfounded, **training)
+                plain = train_undefended_step(enabled=baseline, deconfounded_params=deconfounded, **common)
                 undefended = on_gpu(plain, TRACKING, STORE).after(versioned)
                 evaluated = on_gpu(
                     evaluate_step(
@@ -139,10 +141,11 @@ def retrain(
                     KEY,
                     TRACKING,
                     STORE,
+                    needs=MEASURING,
                 )
                 found = {"confounder": caught, "model": trained["model"], "trusted_set": taken["trusted_set"]}
                 scanning = scan_step(records=records, workspace=workspace, seed=seed, gate=gate, **found)
-                searched = on_gpu(scanning, KEY, STORE).after(evaluated)
+                searched = on_gpu(scanning, KEY, STORE, needs=MEASURING).after(evaluated)
                 measured = {"evaluation": evaluated.outputs["evaluation"], "canary": rehearsed.outputs["canary"]}
                 measured["scanned"] = searched.outputs["scanned"]
                 decided = place(decide_step(model=trained["model"], **measured, **judged), SMALL, KEY, STORE).outputs

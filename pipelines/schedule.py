@@ -47,7 +47,7 @@ def schedule(order: Order, params: Params, cluster: Cluster, *, cron: str | None
     name = f"retrain-{order.name}"
     given = arguments(order, params, name)
     given |= {"run_id": f"{name}-{MACRO}", "records": str(WORKSPACE / "runs" / f"{name}-{MACRO}" / "records")}
-    with compiled(cluster) as package:
+    with compiled(cluster, gpus=params.training.gpus) as package:
         about = [trigger, given, cluster.service_account, package.read_text()]
         mark = f"cbd schedule sha256:{hashlib.sha256(canonical_json(about)).hexdigest()}"
         client = connect(cluster.namespace)

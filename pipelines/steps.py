@@ -75,14 +75,17 @@ def train(dataset: Path, out: Path, *, params: Params, checkpoints: Path) -> dic
     sections = params.model_dump(mode="json")
     given = (params.seed, params.preset, sections["model"])
     caught = train_confounder(
-        dataset, out / "confounder", params=training_params(*given, confounder=sections["confounder"]), checkpoints=checkpoints
+        dataset,
+        out / "confounder",
+        params=training_params(*given, confounder=sections["confounder"], training=sections["training"]),
+        checkpoints=checkpoints,
     )
     trained = train_deconfounded(
         dataset,
         out / "confounder",
         model=out / "model",
         evidence=out / "evidence",
-        params=training_params(*given, deconfounded=sections["deconfounded"]),
+        params=training_params(*given, deconfounded=sections["deconfounded"], training=sections["training"]),
         checkpoints=checkpoints,
     )
     return {"confounder": caught, **trained}

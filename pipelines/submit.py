@@ -58,7 +58,7 @@ def submit(order: Order, params: Params, cluster: Cluster, *, run_id: str = "", 
     if wait and not os.environ.get("MLFLOW_TRACKING_URI"):
         raise ConfigError("MLFLOW_TRACKING_URI is not set: the verdict is read from the tracking server; set it, or give --no-wait")
     run_id = _named(run_id)
-    client, started = _started(run_id, arguments(order, params, run_id), cluster, "retrain")
+    client, started = _started(run_id, arguments(order, params, run_id), cluster, "retrain", gpus=params.training.gpus)
     link = link_to(started.run_id)
     print(f"run: {link}", file=sys.stderr)
     if not wait:
@@ -109,12 +109,12 @@ def arguments(order: Order, params: Params, run_id: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def compiled(cluster: Cluster, pipeline: str = "retrain") -> Iterator[Path]:
+def compiled(cluster: Cluster, pipeline: str = "retrain", gpus: int = 1) -> Iterator[Path]:
     """A pipeline for the cluster, in a file that is gone afterwards; raises ConfigError on a bare tag or an unknown overlay."""
     check_image(cluster.image)
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / f"{pipeline}.yaml"
-        compile_pipeline(package, pipeline, image=cluster.image, overlay=cluster.overlay)
+        compile_pipeline(package, pipeline, image=cluster.image, overlay=cluster.overlay, gpus=gpus)
         yield package
 
 
@@ -160,9 +160,9 @@ def _check_texts(given: dict[str, Any]) -> None:
             raise ConfigError(f"{text!r}: may hold neither '{{{{$' nor '[[', which the server replaces; rename it")
 
 
-def _started(run_id: str, given: dict[str, Any], cluster: Cluster, pipeline: str) -> tuple["Client", Any]:
+def _started(run_id: str, given: dict[str, Any], cluster: Cluster, pipeline: str, gpus: int = 1) -> tuple["Client", Any]:
     """The server's client and its run of our run id, which is started if it is not there."""
-    with compiled(cluster, pipeline) as package:
+    with compiled(cluster, pipeline, gpus) as package:
         client = connect(cluster.namespace)
         experiment = experiment_of(client, cluster.namespace)
         started = find_run(client, experiment, run_id)
