@@ -2,9 +2,9 @@
 # BASE: Debian with Python 3.11, named by its digest. It has no default, because a tag can be moved to another image.
 ARG BASE
 
-FROM ${BASE} AS build
+FROM ${BASE} AS packages
 WORKDIR /app
-COPY pyproject.toml requirements.lock README.md ./
+COPY pyproject.toml requirements.lock ./
 # uv comes from the lock as well.
 RUN sed -n '/^uv==/,/[^\\]$/p' requirements.lock > /tmp/uv.lock \
     && sed -nE '/^(hatchling|editables)==/,/[^\\]$/p' requirements.lock > /tmp/build.lock \
@@ -14,16 +14,21 @@ RUN sed -n '/^uv==/,/[^\\]$/p' requirements.lock > /tmp/uv.lock \
 RUN python3 -m venv --without-pip /opt/cbd \
     && /opt/uv/bin/uv pip install --python /opt/cbd/bin/python --no-cache --compile-bytecode --require-hashes \
         --constraint requirements.lock --build-constraints requirements.lock --extra pipeline -r pyproject.toml -r /tmp/build.lock
+
+# The project in a folder of its own, so that the layer of packages, nearly all of the image, stays the same until the lock changes.
+FROM packages AS project
 COPY . .
-RUN /opt/uv/bin/uv pip install --python /opt/cbd/bin/python --no-cache --offline --no-deps --no-build-isolation -e . \
-    && /opt/cbd/bin/python -m components.bom > /opt/cbd/bom.cdx.json \
+RUN /opt/uv/bin/uv pip install --python /opt/cbd/bin/python --prefix /opt/project --no-cache --offline --no-deps --no-build-isolation -e . \
+    && rm /opt/project/.lock \
+    && PYTHONPATH=$(echo /opt/project/lib/*/site-packages) /opt/cbd/bin/python -m components.bom > /opt/project/bom.cdx.json \
     && /opt/cbd/bin/python -m compileall -q cbd components pipelines
 
 FROM ${BASE}
 # The data registry is a git repository.
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends git && rm -rf /var/lib/apt/lists/*
-COPY --from=build /opt/cbd /opt/cbd
-COPY --from=build /app /app
+COPY --from=packages /opt/cbd /opt/cbd
+COPY --from=project /opt/project /opt/cbd
+COPY --from=project /app /app
 # Nothing is written but under /tmp and what is mounted, so that any user id and a read-only root file system will do.
 ENV PATH=/opt/cbd/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/tmp USER=cbd LOGNAME=cbd MPLCONFIGDIR=/tmp/matplotlib DVC_SITE_CACHE_DIR=/tmp/dvc \

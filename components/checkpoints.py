@@ -34,6 +34,8 @@ def going_on(path: Path, on_epoch: "OnEpoch") -> dict[str, Any]:
     store = _bucket(path.parent.name)
     if store is None:
         return {"checkpoint": path, "on_epoch": on_epoch}
+    from cbd.distributed import is_first
+
     folder, named = Path(tempfile.mkdtemp(prefix="cbd-checkpoint-")), path.with_name(f"{path.name}.sha256")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     file = folder / path.name
@@ -41,7 +43,8 @@ def going_on(path: Path, on_epoch: "OnEpoch") -> dict[str, Any]:
         _bring(store, named.read_text().strip(), file)
 
     def tell(done: int, total: int, measures: dict[str, float]) -> None:
-        _keep(store, file, named)
+        if is_first():  # of processes that train together, the one that wrote the file
+            _keep(store, file, named)
         on_epoch(done, total, measures)
 
     return {"checkpoint": file, "on_epoch": tell}

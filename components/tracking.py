@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cbd.audit import LOG
 from cbd.bundle import CARD, WEIGHTS, read_card
@@ -26,10 +26,12 @@ from cbd.signed_model import check_model, check_verdict, copy_signed
 from components.decision import check_decision, find_file, find_signers
 from components.standing import Move, demanded, holder, read_moves, withdrawn
 from components.tracking_runs import LiveCurves, close_run, log_run, open_run, plain
-from components.tracking_store import LOCK, check_reachable, client, ignoring, shown, sqlite_file, tracking_uri
+from components.tracking_store import LOCK, check_reachable, client, ignoring, made, shown, sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+    from mlflow.entities.model_registry import ModelVersion
 
 __all__ = [
     "LiveCurves",
@@ -61,16 +63,15 @@ def registered_name(name: str, class_names: Sequence[str]) -> str:
 
 def find_version(workspace: Path, name: str, tags: Mapping[str, str]) -> str | None:
     """The version of `name` with the same model and decision digests, if there is one."""
-    wanted = ("cbd.model_digest", "cbd.decision_digest")
     with client(workspace) as mlflow:
-        for version in mlflow.search_model_versions(f"name = '{plain(name)}'", max_results=1000):
-            if all(version.tags.get(key) == tags[key] for key in wanted):
-                return str(version.version)
-    return None
+        found = _find_version(mlflow, name, tags)
+    return str(found.version) if found else None
 
 
 def register_bundle(bundle: Path, decision: Path, *, workspace: Path, name: str, tags: Mapping[str, str]) -> str:
-    """The new version of `name` that holds the bundle and its signed decision; needs the tag `cbd.run_id`. Sets no alias.
+    """The version of `name` that holds the bundle and its signed decision; needs the tag `cbd.run_id`. Sets no alias.
+
+    One bundle with one decision is one version, also where a server that was away had made it, or half of it, before it could say so.
 
     Raises:
         DataError: the signature of both is missing, or anything would not verify when it is fetched.
@@ -84,12 +85,16 @@ def register_bundle(bundle: Path, decision: Path, *, workspace: Path, name: str,
             _verify_bundle(Path(staging), workspace)
         run = open_run(workspace, tags["cbd.run_id"])
         experiment = mlflow.get_run(run).info.experiment_id
-        model = mlflow.create_logged_model(experiment, name=name, source_run_id=run, tags=dict(tags), model_type="safetensors bundle")
+        about: dict[str, Any] = {"name": name, "source_run_id": run, "tags": dict(tags), "model_type": "safetensors bundle"}
+        model = made(lambda: _find_model(mlflow, experiment, name, tags), lambda: mlflow.create_logged_model(experiment, **about))
         mlflow.log_model_artifacts(model.model_id, staging)
         mlflow.finalize_logged_model(model.model_id, "READY")
         with ignoring("RESOURCE_ALREADY_EXISTS"):
             mlflow.create_registered_model(name)
-        version = mlflow.create_model_version(name, model.artifact_location, run, tags=dict(tags), model_id=model.model_id)
+        about = {"run_id": run, "tags": dict(tags), "model_id": model.model_id}
+        version = made(
+            lambda: _find_version(mlflow, name, tags), lambda: mlflow.create_model_version(name, model.artifact_location, **about)
+        )
         mlflow.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": json.dumps([{"name": name, "version": version.version}])})
     return str(version.version)
 
@@ -161,6 +166,21 @@ def fetch_model(uri: str, workspace: Path | str) -> Path:
     return _fetch_version(uri, match["name"], match["alias"], match["version"], place)
 
 
+def _find_version(mlflow: "MlflowClient", name: str, tags: Mapping[str, str]) -> "ModelVersion | None":
+    versions = mlflow.search_model_versions(f"name = '{plain(name)}'", max_results=1000)
+    return next((version for version in versions if _same_digests(version.tags, tags)), None)
+
+
+def _find_model(mlflow: "MlflowClient", experiment: str, name: str, tags: Mapping[str, str]) -> "LoggedModel | None":
+    wanted = f"name = '{plain(name)}' AND tags.`cbd.decision_digest` = '{plain(tags['cbd.decision_digest'])}'"
+    models = mlflow.search_logged_models([experiment], wanted)
+    return next((model for model in models if _same_digests(model.tags, tags)), None)
+
+
+def _same_digests(found: Mapping[str, str], tags: Mapping[str, str]) -> bool:
+    return all(found.get(key) == tags[key] for key in ("cbd.model_digest", "cbd.decision_digest"))
+
+
 def _fetch_version(uri: str, name: str, alias: str | None, version: str | None, workspace: Path) -> Path:
     from mlflow.artifacts import download_artifacts
 
@@ -228,15 +248,17 @@ def _same(target: Path, fetched: Path) -> bool:
 
 
 def _aliased_version(mlflow: "MlflowClient", name: str, alias: str) -> str | None:
-    with ignoring("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-        return str(mlflow.get_model_version_by_alias(name, alias).version)
+    """Which version stands behind an alias. The model is searched for first: a server with users refuses one that is not there."""
+    if mlflow.search_registered_models(f"name = '{plain(name)}'"):
+        with ignoring("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return str(mlflow.get_model_version_by_alias(name, alias).version)
     return None
 
 
 def _source(mlflow: "MlflowClient", name: str, version: str) -> str | None:
-    with ignoring("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-        return str(mlflow.get_model_version_download_uri(name, version))
-    return None
+    found = mlflow.search_model_versions(f"name = '{plain(name)}'", max_results=1000)
+    there = any(str(each.version) == version for each in found)
+    return str(mlflow.get_model_version_download_uri(name, version)) if there else None
 
 
 def _has_store(workspace: Path) -> bool:

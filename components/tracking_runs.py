@@ -16,10 +16,14 @@ from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 from cbd.errors import ConfigError, EnvironmentFault
 from cbd.files import locked
-from components.tracking_store import EXPERIMENT, LOCK, artifact_root, client, tracking_uri
+from components.tracking_store import EXPERIMENT, LOCK, PATIENCE_SECONDS, OutOfReach, artifact_root, client, made, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+Point = tuple[str, float, int, int]
+"""Name, value, milliseconds since 1970, step."""
 
 
 def open_run(workspace: Path, run_id: str) -> str:
@@ -34,11 +38,13 @@ def open_run(workspace: Path, run_id: str) -> str:
             mlflow.set_tag(preset, "cbd.run_id", run_id)
             return preset
         with locked(workspace / LOCK):
-            experiment = _experiment(mlflow, workspace)
-            found = mlflow.search_runs([experiment], f"tags.`cbd.run_id` = '{plain(run_id)}'", max_results=1, order_by=["start_time ASC"])
-            if found:
-                return str(found[0].info.run_id)
-            return str(mlflow.create_run(experiment, tags={"cbd.run_id": plain(run_id)}, run_name=plain(run_id)).info.run_id)
+            experiment, name = _experiment(mlflow, workspace), plain(run_id)
+
+            def find() -> "Run | None":
+                found = mlflow.search_runs([experiment], f"tags.`cbd.run_id` = '{name}'", max_results=1, order_by=["start_time ASC"])
+                return found[0] if found else None
+
+            return str(made(find, lambda: mlflow.create_run(experiment, tags={"cbd.run_id": name}, run_name=name)).info.run_id)
 
 
 def log_run(
@@ -100,7 +106,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 class LiveCurves:
     """Curves that are seen while training goes on: a thread imports MLflow and writes what `log` puts in its queue.
 
-    A server that fails never stops the training: `fault` then says what happened, and one line is printed.
+    Points that a server out of reach did not take are written when it is back. One that fails never stops the training: `fault` then says
+    what happened, and one line is printed.
     """
 
     def __init__(
@@ -114,7 +121,9 @@ class LiveCurves:
     ) -> None:
         """Starts the thread; `prefix` stands before each metric's name, `params` and `tags` are added to the run."""
         self.fault: str | None = None
-        self._queue: queue.SimpleQueue[list[tuple[str, float, int, int]] | None] = queue.SimpleQueue()
+        self._away: str | None = None
+        self._over = False
+        self._queue: queue.SimpleQueue[list[Point] | None] = queue.SimpleQueue()
         self._prefix = prefix
         self._thread = threading.Thread(target=self._work, args=(workspace, run_id, params, tags), daemon=True)
         self._thread.start()
@@ -130,37 +139,38 @@ class LiveCurves:
         now = int(time.time() * 1000)
         self._queue.put([(self._prefix + name, float(value), now, step) for name, value in metrics.items() if _is_number(value)])
 
-    def close(self, timeout_seconds: float = 60.0) -> None:
+    def close(self, timeout_seconds: float = PATIENCE_SECONDS) -> None:
         """Waits until everything is written; may be called twice."""
         self._queue.put(None)
         self._thread.join(timeout_seconds)
+        self._over = True
         if self._thread.is_alive() and self.fault is None:
-            self._tell(f"not all curves were written within {timeout_seconds:.0f} s")
+            self._tell(self._away or f"not all curves were written within {timeout_seconds:.0f} s")
 
     def _tell(self, fault: str) -> None:
         self.fault = fault
         print(f"[tracking] {fault}; training goes on, its curves are incomplete in MLflow", flush=True)
 
     def _work(self, workspace: Path, run_id: str, params: Mapping[str, Any] | None, tags: Mapping[str, str] | None) -> None:
-        try:
-            log_run(workspace, run_id, params=params, tags=tags)
-            self._write(workspace, open_run(workspace, run_id))
-        except (EnvironmentFault, ConfigError) as error:
-            self._tell(str(error))
+        run, points, ended = None, list[Point](), False
+        while not self._over:
+            try:
+                if run is None:
+                    log_run(workspace, run_id, params=params, tags=tags)
+                    run = open_run(workspace, run_id)
+                _write(workspace, run, points)
+            except OutOfReach as error:
+                self._away = str(error)
+                continue
+            except (EnvironmentFault, ConfigError) as error:
+                return self._tell(str(error))
+            if ended:
+                return
+            points, ended = self._take()
 
-    def _write(self, workspace: Path, run: str) -> None:
-        from mlflow.entities import Metric
-
-        with client(workspace) as mlflow:
-            ended = False
-            while not ended:
-                points, ended = self._take()
-                for start in range(0, len(points), 1000):
-                    mlflow.log_batch(run, metrics=[Metric(*point) for point in points[start : start + 1000]])
-
-    def _take(self) -> tuple[list[tuple[str, float, int, int]], bool]:
+    def _take(self) -> tuple[list[Point], bool]:
         """All points that wait, at least one batch, and whether that was the last."""
-        points: list[tuple[str, float, int, int]] = []
+        points: list[Point] = []
         batch = self._queue.get()
         while batch is not None:
             points += batch
@@ -170,13 +180,25 @@ class LiveCurves:
         return points, True
 
 
+def _write(workspace: Path, run: str, points: Sequence[Point]) -> None:
+    """Adds points to the run; a point that was written before, with its answer lost, stays one."""
+    with client(workspace) as mlflow:
+        from mlflow.entities import Metric
+
+        for start in range(0, len(points), 1000):
+            mlflow.log_batch(run, metrics=[Metric(*point) for point in points[start : start + 1000]])
+
+
 def _experiment(mlflow: "MlflowClient", workspace: Path) -> str:
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-    found = mlflow.get_experiment_by_name(name)
-    if found:
-        return str(found.experiment_id)
     has_server = tracking_uri(workspace).startswith("http")
-    return str(mlflow.create_experiment(name, artifact_location=None if has_server else f"{artifact_root(workspace)}/{plain(name)}"))
+    place = None if has_server else f"{artifact_root(workspace)}/{plain(name)}"
+
+    def find() -> str | None:
+        found = mlflow.get_experiment_by_name(name)
+        return str(found.experiment_id) if found else None
+
+    return made(find, lambda: str(mlflow.create_experiment(name, artifact_location=place)))
 
 
 def plain(text: str) -> str:

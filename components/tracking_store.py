@@ -4,11 +4,14 @@ import contextlib
 import logging
 import os
 import socket
+import sys
+import threading
+import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from cbd.errors import ConfigError, EnvironmentFault
 from cbd.files import disk_fault, locked, replacing
@@ -25,14 +28,28 @@ SETTINGS = {
 }
 """Forced before MLflow is imported."""
 DEFAULTS = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "7",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
-"""Set where the user has not: a server that stops answering is told in seconds, not in minutes, and MLflow does not chat."""
+"""Set where the user has not: seven retries wait four minutes for a server that starts again, and MLflow does not chat."""
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+PATIENCE_SECONDS = 300.0
+"""So long a server that stopped answering is waited for, as its start-up probe in `k8s/` does; at the door of a run it is told at once."""
+PAUSE_SECONDS = 2.0
+"""Between two looks whether it is back."""
+NO_ANSWER = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
+"""MLflow's codes where a server does not answer, or answers 5xx."""
+ATTEMPTS = 5
+"""At making something, if answers keep getting lost."""
+Made = TypeVar("Made")
+_RETRIES = threading.Lock()
+
+
+class OutOfReach(EnvironmentFault):
+    """MLflow does not answer now; what it refuses is a plain EnvironmentFault."""
 
 
 def tracking_uri(workspace: Path) -> str:
@@ -44,7 +61,8 @@ def check_reachable(workspace: Path, *, timeout_seconds: float = 5.0) -> None:
     """Returns if MLflow can be worked with, without importing it.
 
     Raises:
-        EnvironmentFault: the server does not answer, or the SQLite file cannot be written.
+        OutOfReach: the server does not answer.
+        EnvironmentFault: the SQLite file cannot be written.
         ConfigError: MLFLOW_TRACKING_URI names something else than a server or a database.
     """
     uri = tracking_uri(workspace)
@@ -70,14 +88,29 @@ def check_reachable(workspace: Path, *, timeout_seconds: float = 5.0) -> None:
         raise _out_of_reach(uri, getattr(error, "reason", error)) from None
 
 
+def made(look: Callable[[], Made | None], make: Callable[[], Made]) -> Made:
+    """What `look` finds, else what `make` makes in MLflow: never two of it.
+
+    MLflow's client repeats a call whose answer was lost, and then there are two. So `make` is sent once, and looked for before it is sent
+    again; the same where another process made it meanwhile.
+    """
+    attempts = ATTEMPTS
+    while (found := look()) is None:
+        attempts -= 1
+        with ignoring(*((*NO_ANSWER, "RESOURCE_ALREADY_EXISTS") if attempts else ())), _sent_once():
+            return make()
+    return found
+
+
 @contextlib.contextmanager
 def client(workspace: Path) -> Iterator["MlflowClient"]:
     """MLflow's client for the workspace's store, which is made on first use; MLflow's errors leave as one line.
 
     Raises:
-        EnvironmentFault: MLflow is out of reach or refuses.
+        OutOfReach: the server has not answered for PATIENCE_SECONDS.
+        EnvironmentFault: MLflow refuses.
     """
-    check_reachable(workspace)
+    _await_server(workspace)
     _prepare()
     uri = tracking_uri(workspace)
     from mlflow import MlflowClient
@@ -91,7 +124,9 @@ def client(workspace: Path) -> Iterator["MlflowClient"]:
                 if not file.exists():
                     make_store(file)
         yield MlflowClient(tracking_uri=uri, registry_uri=uri)
-    except (MlflowException, SQLAlchemyError) as error:
+    except MlflowException as error:
+        raise (_out_of_reach if error.error_code in NO_ANSWER else _refused)(uri, error) from None
+    except SQLAlchemyError as error:
         raise _out_of_reach(uri, error) from None
     except OSError as error:
         raise disk_fault(workspace, error) from None
@@ -136,6 +171,32 @@ def shown(uri: str) -> str:
     return f"{scheme}{separator}{authority.rpartition('@')[2]}{slash}{path}"
 
 
+def _await_server(workspace: Path) -> None:
+    until, told = time.monotonic() + PATIENCE_SECONDS, False
+    while True:
+        try:
+            return check_reachable(workspace)
+        except OutOfReach as error:
+            if time.monotonic() >= until:
+                raise
+            if not told:
+                print(f"[tracking] {error}. It is asked again for {PATIENCE_SECONDS:.0f} s", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(PAUSE_SECONDS)
+
+
+@contextlib.contextmanager
+def _sent_once() -> Iterator[None]:
+    """Inside, MLflow's client repeats no call."""
+    with _RETRIES:
+        retries = os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+        try:
+            yield
+        finally:
+            os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = retries
+
+
 def _prepare() -> None:
     os.environ.update(SETTINGS)
     for name, value in DEFAULTS.items():
@@ -166,6 +227,15 @@ def _ask_health(parts: urllib.parse.SplitResult, timeout_seconds: float) -> None
         return
 
 
-def _out_of_reach(uri: str, reason: object) -> EnvironmentFault:
-    first = (str(reason).splitlines() or ["no answer"])[0][:300]
-    return EnvironmentFault(f"MLflow at {shown(uri)} is out of reach: {first}; start that server, or unset MLFLOW_TRACKING_URI")
+def _out_of_reach(uri: str, reason: object) -> OutOfReach:
+    return OutOfReach(
+        f"MLflow at {shown(uri)} is out of reach: {_first(reason)}; start that server and run again, or unset MLFLOW_TRACKING_URI"
+    )
+
+
+def _refused(uri: str, reason: object) -> EnvironmentFault:
+    return EnvironmentFault(f"MLflow at {shown(uri)} refuses: {_first(reason)}; look at the rights of MLFLOW_TRACKING_USERNAME there")
+
+
+def _first(reason: object) -> str:
+    return (str(reason).splitlines() or ["no answer"])[0][:300]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trainings
 from moto.server import ThreadedMotoServer
 
 from cbd.dataset import make_row, to_batches, write_dataset
@@ -124,6 +125,19 @@ def test_where_the_bucket_has_lost_it_training_starts_anew(client: Any, tmp_path
     assert not epochs(place).exists()
     assert "no longer in the bucket, training starts anew" in capsys.readouterr().out
     assert epochs(place, b"epoch 1").read_bytes() == b"epoch 1"
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_first_puts_the_checkpoint_and_both_go_on_from_it(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    (tmp_path / "data").mkdir()
+    given = {"params": trainings.params(2), "checkpoints": tmp_path / "checkpoints"}
+    (tmp_path / "checkpoints" / "f00").mkdir(parents=True)
+    assert not trainings.keeping(tmp_path / "data", tmp_path / "out", **given)["found"]
+    assert len(objects(client)) == 1
+    assert trainings.keeping(tmp_path / "data", tmp_path / "again", **given)["found"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ def faults(text: str) -> list[str]:
     """What is wrong with a Dockerfile."""
     final = text[text.rindex("\nFROM ") :]
     rules = {
-        "a base that is not given": not re.findall(r"^FROM (?!\$\{BASE\})", text, re.MULTILINE),
+        "a base that is not given": not re.findall(r"^FROM (?!\$\{BASE\}|packages AS )", text, re.MULTILINE),
         "no numeric user": re.search(r"^USER [1-9]\d*:[1-9]\d*$", final, re.MULTILINE),
         "an install without hashes": all(
             "--require-hashes" in line or "--no-deps" in line for line in _commands(text) if re.search(r"pip install", line)

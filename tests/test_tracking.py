@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from cbd.errors import ConfigError, EnvironmentFault
+from components import tracking_store
 from components.tracking import LiveCurves, check_reachable, close_run, log_run, open_run, tracking_uri
 from components.tracking_runs import flatten
-from components.tracking_store import client, make_store, shown
+from components.tracking_store import OutOfReach, client, made, make_store, shown
 from components.training import live_curves, training_params
 
 
@@ -183,11 +184,56 @@ def test_a_failing_server_is_told_and_harms_nothing(
     workspace: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port}")
+    monkeypatch.setattr(tracking_store, "PATIENCE_SECONDS", 0)
     with LiveCurves(workspace, "run-1") as curves:
         for step in range(100):
             curves.log(step, {"loss": 1.0})
+        curves.close(timeout_seconds=0.5)
     assert curves.fault is not None and "out of reach" in curves.fault
     assert capsys.readouterr().out.count("[tracking]") == 1
+
+
+def test_what_was_made_before_its_answer_was_lost_is_found_and_not_made_again(workspace: Path) -> None:
+    from mlflow.exceptions import MlflowException
+
+    there: list[str] = []
+
+    def make() -> str:
+        there.append("made")
+        raise MlflowException("no answer")
+
+    with client(workspace):
+        assert made(lambda: there[0] if there else None, make) == "made"
+    assert there == ["made"]
+
+
+def test_what_is_refused_is_asked_for_once_and_told_as_refused(workspace: Path) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
+
+    asked: list[str] = []
+
+    def make() -> str:
+        asked.append("asked")
+        raise MlflowException("not yours", error_code=PERMISSION_DENIED)
+
+    with pytest.raises(EnvironmentFault, match="refuses: not yours") as caught, client(workspace):
+        made(lambda: None, make)
+    assert asked == ["asked"] and not isinstance(caught.value, OutOfReach)
+
+
+def test_making_that_never_gets_an_answer_is_given_up(workspace: Path) -> None:
+    from mlflow.exceptions import MlflowException
+
+    asked: list[str] = []
+
+    def make() -> str:
+        asked.append("asked")
+        raise MlflowException("no answer")
+
+    with pytest.raises(OutOfReach, match="no answer"), client(workspace):
+        made(lambda: None, make)
+    assert len(asked) == tracking_store.ATTEMPTS
 
 
 def test_a_training_that_fails_still_ends_its_curves(workspace: Path) -> None:
