@@ -9,7 +9,7 @@ DOCKER ?= docker
 IMAGE ?= cbd
 TAG ?= $(shell git rev-parse --short HEAD)
 
-.PHONY: setup run test test-fast check lock compile format image image-test clean
+.PHONY: setup run test test-fast test-services check lock compile format image image-test clean
 
 setup: .venv/stamp
 
@@ -25,11 +25,19 @@ setup: .venv/stamp
 run: setup  ## the demo: from a poisoned delivery to a verdict, a model and evidence
 	@$(BIN)/cbd demo
 
-test: setup  ## all tests
-	$(BIN)/pytest -n 2
+test: setup  ## all tests, but for test-services
+	$(BIN)/pytest -n 2 -m "not services"
 
 test-fast: setup  ## under a minute
 	$(BIN)/pytest -m "not slow" -n 2
+
+test-services: setup .venv/tracking/stamp  ## whole runs against MLflow on PostgreSQL and S3: CBD_TEST_POSTGRES, CBD_TEST_S3_ENDPOINT
+	CBD_TEST_MLFLOW=$(CURDIR)/.venv/tracking/bin/python $(BIN)/pytest -m services tests/test_services.py
+
+.venv/tracking/stamp: mlflow/requirements.lock | .venv/stamp
+	$(PYTHON) -m venv --clear --without-pip .venv/tracking
+	$(BIN)/uv pip install --python .venv/tracking/bin/python --quiet --require-hashes -r mlflow/requirements.lock
+	@touch $@
 
 check: setup  ## format, lint, types, layers
 	$(BIN)/ruff format --check .
