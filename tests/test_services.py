@@ -125,7 +125,7 @@ def check_tracked(result: dict[str, Any], server: TrackingServer) -> None:
     keys = server.objects()
     assert any(key.endswith("report.html") and run.info.run_id in key for key in keys)
     assert any(key.endswith("model.safetensors") and model.model_id in key for key in keys)
-    assert set(records) == set(STEPS) and records["report"]["outputs"]["tracking"] == "closed"
+    assert set(records) == set(STEPS) - {"train_undefended"} and records["report"]["outputs"]["tracking"] == "closed"
     fetched = fetch_model(f"models:/{result['model']['name']}/{version.version}", workspace)
     assert (fetched / "model.safetensors").is_file()
 
