@@ -110,7 +110,8 @@ def retrain(
         with dsl.If(taken["Output"] == True, name="new"):  # noqa: E712 (an expression for KFP, not for Python)
             dataset = taken["dataset"]
             sets = {"dataset": dataset, "trusted_set": taken["trusted_set"]}
-            validated = retried(place(validate_step(records=records, workspace=workspace, params=validation, **sets), DATA)).outputs
+            checking = validate_step(records=records, workspace=workspace, params=validation, **sets)
+            validated = retried(place(checking, DATA, KEY)).outputs
             judged = {"policy": gate, "validation": validated["validation"], **sets, **run}
             with dsl.If(validated["Output"] == True, name="usable"):  # noqa: E712
                 committed = version_step(records=records, truth=taken["truth"], workspace=workspace, supplier=supplier, **sets)
@@ -124,7 +125,7 @@ def retrain(
                 second = train_deconfounded_step(deconfounded_params=deconfounded, confounder=caught, **common)
                 trained = on_gpu(second, KEY, TRACKING, STORE).outputs
                 plain = train_undefended_step(enabled=baseline, deconfounded_params=deconfounded, **common)
-                undefended = on_gpu(plain, TRACKING, STORE).after(versioned)
+                undefended = on_gpu(plain, KEY, TRACKING, STORE).after(versioned)
                 evaluated = on_gpu(
                     evaluate_step(
                         name=name,

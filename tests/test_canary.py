@@ -185,6 +185,7 @@ def test_the_steps_attest_a_canary_that_is_used_again_and_an_undefended_model(se
         "seed": PARAMS.seed,
         "preset": PARAMS.preset,
         "model_params": sections["model"],
+        "training": sections["training"],
         "deconfounded_params": sections["deconfounded"],
     }
     artifacts = {"dataset": SimpleNamespace(path=str(sets / "dataset")), "model": SimpleNamespace(path=str(run / "undefended"))}

@@ -130,8 +130,8 @@ def test_on_a_cluster_every_step_ends_in_time_is_no_root_and_gets_secrets_by_nam
 
 
 GRANTED = {
-    "validate": set(),
-    "train_undefended": {TRACKING, STORE},
+    "validate": {KEY},
+    "train_undefended": {KEY, TRACKING, STORE},
     **{step: {KEY, STORE} for step in ("ingest", "version", "canary", "scan", "decide", "refuse")},
     **{step: {KEY, TRACKING, STORE} for step in ("train_confounder", "train_deconfounded", "evaluate", "register", "report")},
 }
