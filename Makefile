@@ -26,10 +26,10 @@ run: setup  ## the demo: from a poisoned delivery to a verdict, a model and evid
 	@$(BIN)/cbd demo
 
 test: setup  ## all tests, but for test-services
-	$(BIN)/pytest -n 2 -m "not services"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not services"
 
 test-fast: setup  ## under a minute
-	$(BIN)/pytest -m "not slow" -n 2
+	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal
 
 test-services: setup .venv/tracking/stamp  ## whole runs against MLflow on PostgreSQL and S3: CBD_TEST_POSTGRES, CBD_TEST_S3_ENDPOINT
 	CBD_TEST_MLFLOW=$(CURDIR)/.venv/tracking/bin/python $(BIN)/pytest -m services tests/test_services.py

@@ -3,6 +3,7 @@
 Its pods run the image of the step that asks, under the runtime `cbd` of `k8s/trainer`, where what they may and mount stands.
 """
 
+import contextlib
 import hashlib
 import os
 import time
@@ -112,7 +113,5 @@ class _TrainJobs:
         return status
 
     def delete(self, name: str) -> None:
-        import contextlib
-
         with contextlib.suppress(self._refused):
             self._api.delete_namespaced_custom_object(name=name, **self._where)

@@ -333,6 +333,32 @@ def test_a_flipped_branch_is_found_out(place: Place, monkeypatch: pytest.MonkeyP
     assert (place.workspace / "runs" / "tampered" / "report.html").is_file()
 
 
+LIE = """from components.records import kfp_component
+
+
+@kfp_component
+def lie_step() -> str:
+    \"\"\"What is no verdict, but makes the condition true where it is put together as text.\"\"\"
+    return "x' or 'PASS' == 'PASS"
+
+
+@dsl.pipeline(name="retrain\""""
+
+
+def test_a_verdict_whose_text_would_make_the_condition_true_promotes_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place.root / "params.yaml").write_text(PARAMS.replace("min_clean_accuracy: 0.0", "min_clean_accuracy: 1.0"))
+    with pytest.raises(CbdError, match="demands the branch|demands that register takes|register never ran"):
+        run_tampered(
+            place,
+            monkeypatch,
+            ('@dsl.pipeline(name="retrain"', LIE),
+            ('decided["Output"] == "PASS"', 'lie_step().output == "PASS"'),
+            ('dsl.Elif(decided["Output"] == "REVIEW"', 'dsl.Elif(lie_step().output == "REVIEW"'),
+        )
+    code, told, _ = cbd(["retest", "--params", str(place.root / "params.yaml"), "--workspace", str(place.workspace), "--json"])
+    assert code == 2 and "no model was ever registered" in told["error"]
+
+
 def test_a_kill_of_everything_at_once_leaves_a_run_that_can_be_reported(place: Place) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
     parent = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *place.arguments()], env=environment, stdout=subprocess.DEVNULL)
