@@ -54,16 +54,17 @@ class Needs:
     timeout_seconds: int
     """After so long the step is ended and counts as failed."""
     gpus: int = 0
-    """As long as an overlay does not say otherwise of a training step."""
+    trains: bool = False
+    """Then an overlay says how many GPUs."""
 
 
 SMALL = Needs(("500m", "2"), ("2G", "4G"), 3600)
 """Steps that write records, commit and register."""
 DATA = Needs(("2", "4"), ("8G", "16G"), 6 * 3600)
 """Steps that decode and validate."""
-TRAINING = Needs(("4", "8"), ("16G", "32G"), 24 * 3600, gpus=1)
+TRAINING = Needs(("4", "8"), ("16G", "32G"), 24 * 3600, gpus=1, trains=True)
 """Steps that train."""
-MEASURING = Needs(TRAINING.cpu, TRAINING.memory, TRAINING.timeout_seconds, gpus=1)
+MEASURING = replace(TRAINING, trains=False)
 """Steps that measure what was trained."""
 RETRIES = {"num_retries": 3, "backoff_duration": "60s", "backoff_factor": 2.0, "backoff_max_duration": "900s"}
 
@@ -120,7 +121,7 @@ def place(task: dsl.PipelineTask, needs: Needs, *secrets: str) -> dsl.PipelineTa
     """
     task.set_caching_options(False)
     overlay = _CHOSEN.get()
-    gpus = overlay.gpus if overlay and needs is TRAINING else needs.gpus
+    gpus = overlay.gpus if overlay and needs.trains else needs.gpus
     gpu = (GPU_RESOURCE, str(gpus)) if needs.gpus else (None, None)
     task.container_spec.resources = ResourceSpec(*needs.cpu, *needs.memory, *gpu)
     if overlay:

@@ -5,28 +5,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from small_delivery import write_small
 
 from cbd.config import load_params
 from cbd.errors import DataError
 from cbd.files import sha256_file, write_json
-from cbd.images import encode_png
 from components.export import export_run
 from components.records import read_records, step
 from components.summary import read_run, summarise
 from components.verification import verify_run
 from pipelines import local, outcome, steps
-from pipelines.demo import load_scans
 from pipelines.launch import Order, pipeline_arguments
-
-PARAMS = """
-seed: 0
-confounder: {steps: 24, batch_size: 16}
-deconfounded: {epochs: 3, batch_size: 16, crop: 2}
-canary: {every: 0}
-gate: {min_clean_accuracy: 0.2, min_images: 30, warn_images: 30, null_members: 2}
-"""
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -81,24 +71,13 @@ def test_a_kept_file_that_was_altered_is_an_alarm(tmp_path: Path, change: Any) -
     )
 
 
-def images(root: Path) -> None:
-    """30 delivered and 16 trusted scans of each of three digits."""
-    scans, labels = load_scans()
-    for label in range(3):
-        for number, index in enumerate(np.flatnonzero(labels == label)[:46]):
-            path = root / ("delivery" if number < 30 else "trusted") / str(label) / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encode_png(scans[index]))
-
-
 @pytest.mark.slow
 def test_the_report_needs_no_other_steps_pod(tmp_path: Path, mlflow_template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole run whose artifacts are gone before its report: the page, its audit, its export and its suspects all stand."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setenv("CBD_TEST_PODS", str(tmp_path / "pods"))
-    images(tmp_path)
-    (tmp_path / "params.yaml").write_text(PARAMS)
+    write_small(tmp_path)
     workspace = tmp_path / "workspace"
     run_dir = workspace / "runs" / "apart-1"
     run_dir.mkdir(parents=True)

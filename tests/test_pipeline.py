@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from small_delivery import write_small
 
 from cbd.errors import CbdError
 from cbd.images import encode_png
@@ -23,7 +24,6 @@ from components import STEPS
 from components.records import read_records
 from pipelines import cli, launch, local, outcome
 from pipelines.console import tell_result
-from pipelines.demo import load_scans
 
 PARAMS = """
 seed: 0
@@ -47,19 +47,9 @@ class Place(NamedTuple):
         return self.root / "workspace"
 
     def arguments(self, *more: str) -> list[str]:
-        data = ("--data", str(self.root / "delivery"), "--trusted", str(self.root / "trusted"))
-        return [
-            "run",
-            *data,
-            "--supplier",
-            "acme",
-            "--workspace",
-            str(self.workspace),
-            "--params",
-            str(self.root / "params.yaml"),
-            "--json",
-            *more,
-        ]
+        data = ["--data", self.root / "delivery", "--trusted", self.root / "trusted", "--supplier", "acme"]
+        place = ["--workspace", self.workspace, "--params", self.root / "params.yaml"]
+        return ["run", *map(str, [*data, *place]), "--json", *more]
 
     def run_dirs(self) -> list[Path]:
         return sorted((self.workspace / "runs").iterdir())
@@ -74,22 +64,8 @@ class Finished(NamedTuple):
     err: str
 
 
-@pytest.fixture(scope="module")
-def scans() -> dict[str, bytes]:
-    """PNG bytes of 30 delivered and 16 trusted scans of each of three digits, by path."""
-    images, labels = load_scans()
-    chosen = {}
-    for label in range(3):
-        for number, index in enumerate(np.flatnonzero(labels == label)[:46]):
-            chosen[f"{'delivery' if number < 30 else 'trusted'}/{label}/{number}.png"] = encode_png(images[index])
-    return chosen
-
-
-def make_place(root: Path, scans: dict[str, bytes], mlflow_template: Path) -> Place:
-    for path, content in scans.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(content)
-    (root / "params.yaml").write_text(PARAMS)
+def make_place(root: Path, mlflow_template: Path) -> Place:
+    write_small(root, params=PARAMS)
     (root / "workspace").mkdir()
     shutil.copy(mlflow_template, root / "workspace" / "mlflow.db")
     return Place(root)
@@ -102,14 +78,14 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def place(tmp_path: Path, scans: dict[str, bytes], mlflow_template: Path) -> Place:
-    return make_place(tmp_path, scans, mlflow_template)
+def place(tmp_path: Path, mlflow_template: Path) -> Place:
+    return make_place(tmp_path, mlflow_template)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, scans: dict[str, bytes], mlflow_template: Path) -> Finished:
+def finished(tmp_path_factory: pytest.TempPathFactory, mlflow_template: Path) -> Finished:
     """A place where one run, with a baseline, has ended. Tests may add runs to it."""
-    place = make_place(tmp_path_factory.mktemp("finished"), scans, mlflow_template)
+    place = make_place(tmp_path_factory.mktemp("finished"), mlflow_template)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("OMP_NUM_THREADS", "1")

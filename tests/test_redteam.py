@@ -8,36 +8,19 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from small_delivery import REDTEAM_PARAMS, write_small
 
 from cbd.bundle import read_card
 from cbd.config import Params
 from cbd.errors import ConfigError
-from cbd.images import encode_png
 from pipelines import cli, redteam, redteam_row, redteam_table
-from pipelines.demo import load_scans
 from pipelines.options import load, split
-
-PARAMS = """
-confounder: {steps: 12, batch_size: 16}
-deconfounded: {epochs: 2, batch_size: 16, crop: 2}
-gate: {min_clean_accuracy: 0.2}
-presets:
-  none: {deconfounded: {weight: none, mi_weight: 0}}
-"""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 90 delivered and 48 trusted scans of three digits, and small parameters."""
-    root = tmp_path_factory.mktemp("redteam")
-    images, labels = load_scans()
-    for label in range(3):
-        for number, index in enumerate(np.flatnonzero(labels == label)[:46]):
-            path = root / ("delivery" if number < 30 else "trusted") / str(label) / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encode_png(images[index]))
-    (root / "params.yaml").write_text(PARAMS)
-    return root
+    return write_small(tmp_path_factory.mktemp("redteam"), params=REDTEAM_PARAMS)
 
 
 def run(place: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, Any, str]:

@@ -10,26 +10,19 @@ import pyarrow.parquet as pq
 import pytest
 from command import cbd
 from kfp_server import Server
+from small_delivery import REDTEAM_PARAMS, write_small
 
 from cbd.errors import DataError
 from cbd.images import encode_png
 from pipelines import local, redteam, trials
-from pipelines.demo import load_scans
 from pipelines.options import load
 
-PARAMS = """
-confounder: {steps: 12, batch_size: 16}
-deconfounded: {epochs: 2, batch_size: 16, crop: 2}
-gate: {min_clean_accuracy: 0.2}
-presets:
-  none: {deconfounded: {weight: none, mi_weight: 0}}
-"""
 DELIVERY = {"data": "s3://bucket/clean", "trusted": "s3://bucket/trusted", "limit": 0}
 
 
 @pytest.fixture
 def params_of(tmp_path: Path) -> Any:
-    (tmp_path / "params.yaml").write_text(PARAMS)
+    (tmp_path / "params.yaml").write_text(REDTEAM_PARAMS)
     return partial(load, params_path=tmp_path / "params.yaml", poison__attack="badnets")
 
 
@@ -111,12 +104,7 @@ def test_a_red_team_that_failed_is_told(server: Server, params_of: Any, capsys: 
 
 @pytest.mark.slow
 def test_kfps_runner_comes_to_the_rows_of_the_command(tmp_path: Path, params_of: Any, torch_one_thread: None) -> None:
-    images, labels = load_scans()
-    for label in range(3):
-        for number, index in enumerate(np.flatnonzero(labels == label)[:46]):
-            path = tmp_path / ("delivery" if number < 30 else "trusted") / str(label) / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encode_png(images[index]))
+    write_small(tmp_path, params=REDTEAM_PARAMS)
     about = {"attacks": ["badnets"], "presets": ["none", "cbd"], "seeds": [0], "params_of": params_of}
     out, places = tmp_path / "out", {"data": str(tmp_path / "delivery"), "trusted": str(tmp_path / "trusted")}
     given = {"out": str(out), "group_by": "", **trials.arguments({**places, "limit": 0}, **about)}
