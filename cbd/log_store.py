@@ -1,6 +1,7 @@
 """Where the log lies: in a file of the workspace or, where several machines write, in a bucket, an object for every line."""
 
 import contextlib
+import fcntl
 import functools
 import importlib.metadata
 import os
@@ -84,11 +85,18 @@ class FileLog:
         return str(self.path)
 
     def exists(self) -> bool:
-        return self.path.is_file()
+        """A file without a line is none: who makes it makes the key next, which a reader would miss."""
+        return self.path.is_file() and self.path.stat().st_size > 0
 
     def lines(self) -> Iterator[bytes]:
+        """Up to where the file ended when no process was writing to it: a line that is being written is not there yet."""
         with self.path.open("rb") as file:
-            yield from file
+            fcntl.flock(file, fcntl.LOCK_SH)
+            left = os.fstat(file.fileno()).st_size
+            fcntl.flock(file, fcntl.LOCK_UN)
+            while left > 0 and (line := file.readline(left)):
+                left -= len(line)
+                yield line
 
     @contextlib.contextmanager
     def ending(self) -> Iterator["_FileEnd"]:

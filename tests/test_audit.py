@@ -1,9 +1,11 @@
 """The log: what was changed is named, and writers at once lose and double nothing."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,10 @@ import pytest
 from cbd import lines
 from cbd.audit import FIRST, append, verify_log
 from cbd.errors import DataError, EnvironmentFault
+from cbd.files import locked
+from cbd.heads import read_log
 from cbd.keys import ensure_key, load_public_key, to_pem
+from cbd.log_store import FileLog
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -155,6 +160,30 @@ def test_what_is_no_number_is_not_logged(log: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         append(log.parent, "decision", {"rate": float("nan")})
     assert log.read_bytes() == before
+
+
+def test_a_log_that_another_process_has_only_just_made_has_no_lines_and_needs_no_key(tmp_path: Path) -> None:
+    (tmp_path / "audit.jsonl").touch()
+    assert read_log(tmp_path) == []
+
+
+def test_a_line_that_another_process_is_writing_is_not_read(log: Path) -> None:
+    half = (log.read_bytes().splitlines()[-1])[:40]
+    with locked(log) as file, ThreadPoolExecutor() as pool:
+        os.write(file, half)
+        reading = pool.submit(verify_log, log)
+        with pytest.raises(TimeoutError):
+            reading.result(timeout=0.2)
+        os.ftruncate(file, log.stat().st_size - len(half))
+        fcntl.flock(file, fcntl.LOCK_UN)
+        assert len(reading.result(timeout=30)) == 5
+
+
+def test_a_log_that_grows_while_it_is_read_is_read_as_it_was(log: Path) -> None:
+    lines = FileLog(log).lines()
+    next(lines)
+    append(log.parent, "decision", {"number": 5})
+    assert len(list(lines)) == 4
 
 
 def test_processes_that_start_and_write_at_once_make_one_key_and_lose_and_double_nothing(tmp_path: Path) -> None:

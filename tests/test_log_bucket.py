@@ -223,7 +223,7 @@ def test_the_key_is_rotated_for_all_writers(box: tuple[Any, str], tmp_path: Path
 def test_an_address_of_no_known_kind_and_a_second_log_are_refused(
     box: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    FileLog(tmp_path / LOG).path.write_text("")
+    FileLog(tmp_path / LOG).path.write_text("{}\n")
     with pytest.raises(ConfigError, match="a log stays where it began"):
         append(tmp_path, "event", {})
     monkeypatch.setenv(ENVIRONMENT, "ftp://x")

@@ -79,9 +79,10 @@ def runs(server: TrackingServer, tmp_path_factory: pytest.TempPathFactory) -> di
     try:
         until = time.monotonic() + 400
         while len(list(root.glob("workspace/runs/*/records/train_deconfounded.json"))) < 2 and time.monotonic() < until:
+            early = [process.communicate() for process in started.values() if process.poll() is not None]
+            assert early == [], "a run ended too early"
             time.sleep(0.05)
         server.kill()
-        assert {process.poll() for process in started.values()} == {None}, "a run ended too early"
         server.start()
         return {name: ended(process) for name, process in started.items()}
     finally:
