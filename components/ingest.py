@@ -73,7 +73,8 @@ def ingest(data: str, trusted: str, *, outputs: IngestPaths, params: Ingest, opt
     under two labels not at all. Images of the trusted set that are exact copies from the delivery are removed from it. With a workspace the
     data set also holds what was accepted before, less what people rejected; what is refused goes to the workspace's quarantine as well.
 
-    `nothing_new` in the result names the run that was decided on the same data set and trusted set before; None if there is none.
+    `nothing_new` in the result names the run that was decided on the same data set and trusted set before; None if there is none. `model`
+    is the full name under which the model would be registered.
 
     Raises:
         DataError: the delivery or the trusted set is missing, empty or unusable; nothing is written then.
@@ -123,6 +124,7 @@ def ingest(data: str, trusted: str, *, outputs: IngestPaths, params: Ingest, opt
         "trusted_images": trusted_info.num_images,
         "trusted_removed": removed,
         "class_names": class_names,
+        "model": model,
         "trial": info.trial,
         "paths": {name: str(path) for name, path in outputs._asdict().items()},
     }

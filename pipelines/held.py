@@ -1,6 +1,5 @@
 """What people do with data that is held: rule on refused files and suspects, and look at versions of data sets."""
 
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -75,6 +74,7 @@ def reject(names: Sequence[str], workspace: Path, *, run: str | None, by: str, r
     """
     from cbd.config import Ingest
     from components import quarantine
+    from components.records import read_records
 
     if run is None:
         digests = quarantine.pixel_digests(workspace, quarantine.find(workspace, names), Ingest())
@@ -83,8 +83,8 @@ def reject(names: Sequence[str], workspace: Path, *, run: str | None, by: str, r
         if run_dir.parent.parent != workspace.resolve():
             raise ConfigError(f"--run {run}: is a run of {run_dir.parent.parent}; give that as --workspace, where the ruling must stand")
         chosen = [_whole(name, run_dir) for name in names] or _suspects(run_dir)
-        dataset = find_artifact(run_dir, "ingest", "dataset")
-        digests = dict(quarantine.send(dataset, chosen, workspace, run_id=run_dir.name, model=_model(run_dir, dataset)))
+        dataset, model = find_artifact(run_dir, "ingest", "dataset"), read_records(str(run_dir / "records"))["ingest"]["outputs"]["model"]
+        digests = dict(quarantine.send(dataset, chosen, workspace, run_id=run_dir.name, model=model))
     return _told(quarantine.rule(workspace, "reject", digests, {}, by=printable(by), reason=printable(reason)), len(digests))
 
 
@@ -185,15 +185,6 @@ def _whole(name: str, run_dir: Path) -> str:
             f"{name!r}: {len(hits)} images of run {run_dir.name} have a sample id that begins so; `cbd suspects {run_dir.name}` lists them"
         )
     return str(hits[0])
-
-
-def _model(run_dir: Path, dataset: Path) -> str:
-    """Full name of the registered model that a run is about."""
-    from cbd.dataset import read_info
-    from components.tracking import registered_name
-
-    name = json.loads((run_dir / "arguments.json").read_text())["name"] if (run_dir / "arguments.json").is_file() else "model"
-    return registered_name(name, read_info(dataset).class_names)
 
 
 def _suspects(run_dir: Path) -> list[str]:

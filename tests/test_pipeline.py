@@ -47,7 +47,7 @@ class Place(NamedTuple):
         return self.root / "workspace"
 
     def arguments(self, *more: str) -> list[str]:
-        data = ["--data", self.root / "delivery", "--trusted", self.root / "trusted", "--supplier", "acme"]
+        data = ["--data", self.root / "delivery", "--trusted", self.root / "trusted", "--supplier", "acme", "--name", "scans"]
         place = ["--workspace", self.workspace, "--params", self.root / "params.yaml"]
         return ["run", *map(str, [*data, *place]), "--json", *more]
 
@@ -187,6 +187,7 @@ def test_a_second_run_is_nothing_new_quickly_and_again_the_same_model_and_a_reje
     assert again["run_dir"] != first["run_dir"]
     _, listed, _ = cbd(["suspects", Path(first["run_dir"]).name, "--workspace", str(place.workspace), "--top", "1", "--json"])
     wanted = listed["suspects"][0]["sample_id"][:12]
+    (Path(first["run_dir"]) / "arguments.json").unlink()  # runs on a cluster have none
     rejecting = ["quarantine", "reject", wanted, "--run", first["run_dir"], "--reason", "a patch", "--workspace", str(place.workspace)]
     assert cbd([*rejecting, "--json"])[0] == 0
     code, told, _ = cbd(place.arguments())
