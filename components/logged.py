@@ -55,6 +55,7 @@ def read_evidence(workspace: Path, *, trusted: Sequence[PublicKey] = ()) -> tupl
     if (workspace / HEADS).exists() and not (workspace / HEADS).read_bytes().endswith(b"\n"):
         raise DataError(f"{workspace / HEADS}: its last line is torn; restore it from a copy, or run the pipeline, which tidies it up")
     if not log.exists():
+        Matching((place, head) for place, heads in anchors for head in heads).finish()
         raise DataError(f"{log}: no log there; give the workspace of the runs with --workspace")
     evidence = Evidence(workspace, load_public_key(workspace))
     matching = Matching((place, head) for place, heads in anchors for head in heads)

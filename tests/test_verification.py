@@ -242,6 +242,11 @@ def test_no_log_is_told(tmp_path: Path) -> None:
     refused(tmp_path, "no log there")
 
 
+def test_a_removed_log_is_told_by_its_heads(workspace: Path) -> None:
+    (workspace / LOG).unlink()
+    refused(workspace, r"the head of .* is over \d+ lines, the log has 0: it was cut off")
+
+
 def test_the_command_names_the_first_thing_and_its_exit_code_is_not_0(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = ("--workspace", str(workspace))
     code, out, _ = cbd(capsys, "audit", "verify", "--all", *place, "--json")
