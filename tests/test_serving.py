@@ -3,9 +3,12 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+import threading
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,3 +232,20 @@ def test_importing_cbd_imports_neither_torch_nor_the_platform() -> None:
 
 def test_a_bundle_without_a_decision_is_no_champion(tmp_path: Path, passed: Path) -> None:
     refused(make_bundle(tmp_path / "bare", "a" * 64), key_of(passed), r"decision\.json is missing")
+
+
+def test_the_guides_server_answers_with_the_class(passed: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    from cbd.images import encode_png
+
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs" / "serving.md").read_text(), re.DOTALL)
+    code = "\n".join(blocks).replace("evidence/model", str(model)).replace("keys/signing.pub", str(key_of(passed)))
+    code, last, _ = code.partition("HTTPServer((")
+    guide: dict[str, Any] = {"__name__": "guide"}
+    exec(compile(code, "docs/serving.md", "exec"), guide)
+    image = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    with guide["HTTPServer"](("127.0.0.1", 0), guide["Handler"]) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        answer = urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}", data=encode_png(image), timeout=60).read()
+    assert last and answer.decode() in guide["card"].class_names
