@@ -3,12 +3,14 @@
 Only a REVIEW: what the gate blocks was shown to be backdoored or failed validation, and what is INVALID or INCONCLUSIVE was not measured.
 """
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from cbd.audit import append, now, utc
+from cbd.audit import Entry, append, now, utc
 from cbd.errors import ConfigError, DataError
+from cbd.heads import read_log
 from components.anchors import close_log
 from components.decision import check_latest, read_decision
 from components.standing import holder, read_moves, withdrawn
@@ -36,7 +38,7 @@ def override(run_id: str, workspace: Path, *, reason: str, by: str, expires: dat
     """
     if not reason.strip():
         raise ConfigError("--reason: expected why, found nothing; it stands in the audit log")
-    until = _until(expires)
+    until = _until(expires, read_log(workspace))
     registered = [move for move in read_moves(workspace) if move["event"] == "register" and move["run_id"] == run_id]
     if not registered:
         raise DataError(f"{run_id}: the log of {workspace} registered no model of this run; give a run whose verdict is REVIEW")
@@ -54,14 +56,18 @@ def override(run_id: str, workspace: Path, *, reason: str, by: str, expires: dat
     told |= {"decision_digest": signed.digest, "model_digest": signed.content["digests"]["model"], "expires": until}
     append(workspace, "override", {**told, "reason": reason, "by": by})
     close_log(workspace)
+    if holder(moves := read_moves(workspace, name), CHAMPION) != version:
+        fallen = withdrawn(moves, version) or {"reason": "another version was set"}
+        raise DataError(f"{name} version {version}: was demoted meanwhile ({fallen['reason']:.200}); train again")
     set_alias(workspace, name, CHAMPION, version)
     return {**told, "reason": reason}
 
 
-def _until(expires: datetime) -> str:
-    """The date as entries have it; raises ConfigError unless it lies ahead, and not too far."""
+def _until(expires: datetime, entries: Sequence[Entry]) -> str:
+    """The date as entries have it; raises ConfigError unless it lies ahead, also of the log's last line, and not too far."""
     until = utc(expires)
     latest = utc(datetime.now(UTC) + timedelta(days=MAX_DAYS))
-    if not now() < until <= latest:
-        raise ConfigError(f"--expires {until}: expected a date within the next {MAX_DAYS} days, such as {latest[:10]}")
+    present = max([now(), *(entry["time"] for entry in entries[-1:])])
+    if not present < until <= latest:
+        raise ConfigError(f"--expires {until}: expected a date after {present} within the next {MAX_DAYS} days, such as {latest[:10]}")
     return until

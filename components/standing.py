@@ -47,15 +47,23 @@ def holder(moves: Sequence[Move], alias: str) -> str | None:
 
 
 def standing(moves: Sequence[Move], alias: str) -> Move | None:
-    """The event by which one model's version stands behind `alias`; an expired override never does, and what was there before is again."""
+    """The event by which one model's version stands behind `alias`; None if none does.
+
+    An expired override never does, and what was there before is again. Neither does a version that was demoted: what moves it afterwards,
+    having looked at the log a moment too early, moves nothing.
+    """
     current: Move | None = None
+    demoted: set[str] = set()
     for move in moves:
+        version = str(move.get("version"))
+        if move["event"] == "demote":
+            demoted.add(version)
         if move["alias"] != alias or move.get("expired"):
             continue
-        if move["event"] != "demote":
-            current = move
-        elif current and move["version"] == str(current.get("version")):
+        if move["event"] == "demote" and current and version == str(current.get("version")):
             current = None
+        elif version not in demoted:
+            current = move
     return current
 
 

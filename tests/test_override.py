@@ -170,6 +170,40 @@ def test_what_was_demoted_or_decided_again_cannot_be_overridden(workspace: Path,
     refused(workspace, "was demoted .found out", "run-2")
 
 
+def test_what_is_demoted_while_a_person_overrides_does_not_become_champion(
+    workspace: Path, two: tuple[Case, Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The override looked at the log, then fetches the model for a while, and then writes its own line after the demotion's."""
+
+    def slowly(uri: str, place: Path) -> Path:
+        fetched = fetch_model(uri, place)
+        digest = next(move["decision_digest"] for move in read_moves(workspace) if move["version"] == "2")
+        demoted = {"name": NAME, "alias": "candidate", "version": "2", "verdict": "BLOCK", "decision_digest": digest, "reason": "found out"}
+        append(workspace, "demote", demoted)
+        drop_alias(workspace, NAME, "candidate")
+        return fetched
+
+    monkeypatch.setattr("components.override.fetch_model", slowly)
+    with pytest.raises(DataError, match=r"version 2: was demoted meanwhile \(found out\)"):
+        allow(workspace)
+    assert read_moves(workspace)[-1]["event"] == "override"
+    assert find_aliases(workspace) == {(NAME, "champion"): "1"}
+    assert fetch_model(CHAMPION, workspace) == fetch_model(f"models:/{NAME}/1", workspace)
+    with client(workspace) as mlflow:
+        mlflow.set_registered_model_alias(NAME, "champion", "2")
+    with pytest.raises(DataError, match="the alias was moved"):
+        fetch_model(CHAMPION, workspace)
+
+
+def test_a_date_that_the_logs_last_line_is_past_is_refused_at_once(
+    workspace: Path, two: tuple[Case, Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as ahead:
+        ahead.setattr("cbd.audit.now", lambda: "2999-01-01T00:00:00.000Z")
+        append(workspace, "delivery", {})
+    refused(workspace, "--expires .*expected a date after 2999-01-01", "run-2", ConfigError)
+
+
 def test_an_alias_set_by_hand_is_no_override(workspace: Path, two: tuple[Case, Case]) -> None:
     with client(workspace) as mlflow:
         mlflow.set_registered_model_alias(NAME, "champion", "2")
