@@ -9,6 +9,7 @@ from cbd.audit import append
 from cbd.bundle import BundleCard, bundle_digest, read_card
 from cbd.decision import SignedDecision
 from cbd.errors import DataError
+from cbd.files import locked
 from components.accepted import last_accepted
 from components.anchors import TAG, close_log, told
 from components.decision import check_latest, read_decision
@@ -18,6 +19,7 @@ from components.tracking import check_reachable, find_version, log_run, register
 from components.train_deconfounded import EVIDENCE
 from components.version import version_suspects
 
+LOCK = ".register.lock"
 BRANCHES = {"PASS": "promote", "REVIEW": "hold"}
 """Which branch of the pipeline a verdict demands; every other verdict demands `record`."""
 ALIASES = {"PASS": "champion", "REVIEW": "candidate"}
@@ -28,6 +30,8 @@ def register(
     bundle: Path, decision: Path, *, branch: str, workspace: Path, name: str, run_id: str, revision: str = "", base: str | None = None
 ) -> dict[str, Any]:
     """Registers the model as its decision demands; the same model with the same decision stays one version.
+
+    The log says so before the alias is set: if it is never set, `cbd rollback` or the same step sets it.
 
     Args:
         branch: the branch of the pipeline that calls: `promote`, `hold` or `record`.
@@ -47,24 +51,25 @@ def register(
     check_reachable(workspace)
     alias = None if signed.content["trial"] else ALIASES.get(signed.content["verdict"])
     full_name = registered_name(name, card.class_names)
-    if alias and base is not None and (accepted := last_accepted(workspace, full_name)) not in (base, card.data_digest):
-        raise DataError(
-            f"another run was accepted meanwhile, or one demoted: this one was added to data set {base[:12] or 'none'}, "
-            f"the accepted one is {accepted[:12] or 'none'}; run again"
-        )
     tags = {"cbd.model_digest": model_digest, "cbd.data_digest": card.data_digest, "cbd.revision": revision}
     tags |= {"cbd.verdict": signed.content["verdict"], "cbd.run_id": run_id, "cbd.decision_digest": signed.digest}
-    version = find_version(workspace, full_name, tags)
-    if version and alias and (fallen := withdrawn(read_moves(workspace, full_name), version)):
-        raise DataError(
-            f"{full_name} version {version}: lost its alias since by {fallen['event']} ({fallen['reason']:.200}); "
-            "it does not come back by registering it again, train again"
-        )
-    version = version or register_bundle(bundle, decision, workspace=workspace, name=full_name, tags=tags)
-    told = {"name": full_name, "version": version, "alias": alias, "model_digest": model_digest, "branch": branch}
-    if alias:
-        set_alias(workspace, full_name, alias, version)
-    _log_once(workspace, {**told, "decision_digest": signed.digest, "run_id": run_id})
+    with locked(workspace / LOCK):  # so that of two runs on one base the second sees that the first was accepted
+        if alias and base is not None and (accepted := last_accepted(workspace, full_name)) not in (base, card.data_digest):
+            raise DataError(
+                f"another run was accepted meanwhile, or one demoted: this one was added to data set {base[:12] or 'none'}, "
+                f"the accepted one is {accepted[:12] or 'none'}; run again"
+            )
+        version = find_version(workspace, full_name, tags)
+        if version and alias and (fallen := withdrawn(read_moves(workspace, full_name), version)):
+            raise DataError(
+                f"{full_name} version {version}: lost its alias since by {fallen['event']} ({fallen['reason']:.200}); "
+                "it does not come back by registering it again, train again"
+            )
+        version = version or register_bundle(bundle, decision, workspace=workspace, name=full_name, tags=tags)
+        told = {"name": full_name, "version": version, "alias": alias, "model_digest": model_digest, "branch": branch}
+        _log_once(workspace, {**told, "decision_digest": signed.digest, "run_id": run_id})
+        if alias:
+            set_alias(workspace, full_name, alias, version)
     return told
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,11 @@ from cbd.audit import verify_log
 from cbd.bundle import bundle_digest
 from cbd.dataset import read_info
 from cbd.errors import CbdError, ConfigError, DataError
-from components.register import register, register_step
+from cbd.files import locked
+from components.register import LOCK, register, register_step
 from components.registry import fetch
-from components.tracking import champion_bundle, fetch_model, register_bundle, registered_name
+from components.rollback import rollback
+from components.tracking import champion_bundle, drop_alias, fetch_model, register_bundle, registered_name
 from components.tracking_store import client
 
 Make = Callable[..., dict[str, Any]]
@@ -340,6 +343,35 @@ def test_a_run_that_does_not_hold_what_was_accepted_meanwhile_gets_no_alias(work
     assert enter_on(first, "")["version"] == "1", "registering the same again is no other run"
     accepted = read_info(first.subject.dataset).digest
     assert enter_on(second, accepted)["version"] == "2"
+
+
+def test_of_two_runs_that_register_at_once_the_second_sees_the_first(workspace: Path, make_evaluation: Make) -> None:
+    first, second = (decided(workspace, make_evaluation, run_id=f"run-{n}", per_class=n, weight=float(n)) for n in (2, 3))
+    given: dict[str, Any] = {"branch": "promote", "workspace": workspace, "name": "model", "base": ""}
+    with ThreadPoolExecutor() as pool:
+        with locked(workspace / LOCK):
+            both = [pool.submit(register, case.bundle, case.decision, run_id=case.run_id, **given) for case in (first, second)]
+            assert wait(both, timeout=2).done == set()
+        wait(both)
+    (error,) = [each.exception() for each in both if each.exception()]
+    assert isinstance(error, DataError) and "another run was accepted meanwhile" in str(error)
+    assert len(versions(workspace)) == 1
+
+
+def test_killed_before_the_alias_is_set_a_model_is_where_the_log_says_by_a_rollback_or_the_same_step(
+    workspace: Path, make_evaluation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = decided(workspace, make_evaluation)
+    for mend in (lambda: enter(case, "promote"), lambda: rollback("model", workspace, to="1", reason="killed", by="me")):
+        with monkeypatch.context() as killed:
+            killed.setattr("components.register.set_alias", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                enter(case, "promote")
+        with pytest.raises(DataError, match=r"no such alias, audit.jsonl last set version 1: .* cbd rollback \S+ --to 1"):
+            champion_bundle(workspace, "model", CLASSES)
+        mend()
+        assert champion_bundle(workspace, "model", CLASSES)
+        drop_alias(workspace, registered_name("model", CLASSES), "champion")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.json", "decision.sig", "model.sig"])
