@@ -167,7 +167,7 @@ def parse_line(text: bytes) -> Entry:
         raise ValueError("is no log entry: it was edited")
     try:
         same = _hash(entry) == entry["hash"] and canonical_json(entry) + b"\n" == text
-    except ValueError:
+    except (ValueError, RecursionError):
         same = False
     if not same:
         raise ValueError("was edited: its hash does not match its content")

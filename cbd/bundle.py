@@ -52,7 +52,7 @@ def read_card(bundle: Path) -> BundleCard:
             raise DataError(f"{bundle}: no model bundle: {name} is missing; give the folder that holds {WEIGHTS} and {CARD}")
     try:
         card = BundleCard.model_validate(json.loads((bundle / CARD).read_text()))
-    except (ValidationError, ValueError) as error:
+    except (ValidationError, ValueError, RecursionError) as error:
         raise DataError(f"{bundle / CARD}: malformed: {str(error).splitlines()[0]}") from None
     found = sha256_file(bundle / WEIGHTS)
     if found != card.weights_sha256:

@@ -58,7 +58,8 @@ def parse_decision(path: Path, data: bytes, *, rejudged: bool = False) -> dict[s
         kinds = ("the run's own decision", "a re-judgement under another policy, which moves no alias")
         raise DataError(f"{path}: expected {kinds[rejudged]}, found {kinds[not rejudged]}; give the other one")
     keys = _KEYS | ({REJUDGES} if rejudged else set())
-    if version != SCHEMA_VERSION or set(content) != keys or set(content["digests"]) != _DIGESTS:
+    digests = content.get("digests") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION or set(content) != keys or not isinstance(digests, dict) or set(digests) != _DIGESTS:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         fix = "read it with the version of cbd that made it" if newer else "decide again with this version"
         raise DataError(f"{path}: schema version {version}, expected a decision of schema version {SCHEMA_VERSION}; {fix}")

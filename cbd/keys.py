@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -146,7 +146,7 @@ def from_pem(text: str | bytes, *, told: str) -> PublicKey:
     """The P-256 public key in `text`; raises DataError, which names it as `told`."""
     try:
         key = serialization.load_pem_public_key(text.encode() if isinstance(text, str) else text)
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm):
         raise DataError(f"{told}: not a public key in PEM form; restore it") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise DataError(f"{told}: expected a P-256 key, found another kind; restore it")
@@ -181,7 +181,7 @@ def read_private_key(path: Path) -> PrivateKey:
         raise DataError(f"{path}: others may read this private key; expected mode 0600, run: chmod 600 {path}")
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         raise DataError(f"{path}: not a private key in PEM form without password; restore it") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise DataError(f"{path}: expected a P-256 key, found another kind; restore it")

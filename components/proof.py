@@ -88,6 +88,8 @@ def check_proof(path: Path, trusted: Sequence[PublicKey], *, since: Path | None 
         raise DataError(f"{path}: the log does not extend its earlier head of {earlier['time']}: it was cut, forked or rewritten")
     yield f"consistency: the log only grew since the head over {earlier['size']} lines of {earlier['time']}"
     entries = list(_proven(path, proof["lines"], head))
+    if not entries:
+        raise DataError(f"{path}: proves no line about run {proof['run_id']!r}: they were taken out; ask for the proof again")
     decisions = _decisions(entries, proof["run_id"])
     for entry in entries:
         if not is_about(entry, proof["run_id"], decisions):

@@ -60,6 +60,14 @@ def test_an_edited_line_is_named(log: Path) -> None:
         verify_log(log)
 
 
+def test_a_line_nested_deeper_than_python_goes_is_named(log: Path) -> None:
+    lines = log.read_bytes().splitlines()
+    for depth in range(800, 1000):
+        change(log, lines[0].replace(b'"number":0', b'"number":' + b"[" * depth + b"]" * depth), *lines[1:])
+        with pytest.raises(DataError, match="line 1 (was edited|is no JSON)"):
+            verify_log(log)
+
+
 def test_a_line_edited_without_changing_its_meaning_is_named(log: Path) -> None:
     lines = log.read_bytes().splitlines()
     change(log, *lines[:2], lines[2].replace(b'"seq":3', b'"seq": 3'), *lines[3:])

@@ -102,6 +102,18 @@ def test_a_key_of_another_kind_is_refused(tmp_path: Path) -> None:
             ensure_key(tmp_path)
 
 
+def test_a_key_on_a_curve_that_is_not_known_is_refused_in_one_line() -> None:
+    der = (
+        ec.generate_private_key(ec.SECP256R1())
+        .public_key()
+        .public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
+    curve = bytes.fromhex("06082a8648ce3d030107")  # prime256v1, whose last arc becomes that of no curve
+    body = base64.b64encode(der.replace(curve, curve[:-1] + b"\x63")).decode()
+    with pytest.raises(DataError, match=r"^line 3: not a public key in PEM form"):
+        from_pem(f"-----BEGIN PUBLIC KEY-----\n{body}\n-----END PUBLIC KEY-----\n", told="line 3")
+
+
 def test_a_swapped_public_key_is_noticed(tmp_path: Path) -> None:
     ensure_key(tmp_path / "mine")
     ensure_key(tmp_path / "other")

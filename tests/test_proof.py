@@ -93,6 +93,8 @@ def test_every_changed_byte_of_a_proof_is_refused(workspace: Path, tmp_path: Pat
         lambda proof: proof | {"rotations": []},
         lambda proof: proof | {"lines": [{**proof["lines"][0], "path": proof["lines"][1]["path"]}]},
         lambda proof: proof | {"lines": [{**proof["lines"][0], "more": 1}]},
+        lambda proof: proof | {"lines": []},
+        lambda proof: proof | {"lines": [], "run_id": "run-0"},
         lambda proof: proof | {"lines": "nonsense"},
         lambda proof: proof | {"schema_version": 2},
     ],

@@ -116,6 +116,17 @@ def test_a_missing_file_and_a_link_are_refused(passed: Path, model: Path, tmp_pa
     refused(model, key_of(passed), f"{name} is missing")
 
 
+def test_json_of_the_wrong_shape_is_refused_in_one_line(passed: Path, model: Path) -> None:
+    decision, card = (json.loads((model / name).read_text()) for name in (DECISION, CARD))
+    for text in (json.dumps(decision | {"digests": 5}), json.dumps(decision | {"digests": ["data"]}), "[" * 100_000, "5"):
+        (model / DECISION).write_text(text)
+        refused(model, key_of(passed), f"{DECISION}: (not JSON|schema version)")
+    shutil.copyfile(passed / "model" / DECISION, model / DECISION)
+    for text in ("[" * 100_000, json.dumps(card | {"class_names": 5}), "5"):
+        (model / CARD).write_text(text)
+        refused(model, key_of(passed), f"{CARD}: malformed")
+
+
 def test_a_file_too_many_is_refused(passed: Path, model: Path) -> None:
     """`cbd.load` takes only what it knows; whoever checks the folder itself is told."""
     (model / "handler.py").write_text("import os")
