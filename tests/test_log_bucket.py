@@ -28,6 +28,8 @@ from components.proof import check_proof, make_proof
 from components.verification import verify_all, verify_run
 from pipelines.evidence import timeline
 
+pytestmark = pytest.mark.slow  # an S3 server in the process
+
 REAL = os.environ.get("CBD_TEST_S3_ENDPOINT")
 SPAWN = multiprocessing.get_context("spawn")
 Make = Callable[..., dict[str, Any]]

@@ -25,6 +25,8 @@ from components.rollback import rollback
 from components.tracking import champion_bundle, drop_alias, fetch_model, register_bundle, registered_name
 from components.tracking_store import client
 
+pytestmark = pytest.mark.slow  # MLflow's store
+
 Make = Callable[..., dict[str, Any]]
 CLASSES = ["ant", "bee", "cat", "dog"]
 WORKS = {"white-centre": (1, 600)}
