@@ -33,7 +33,9 @@ from defence import about
 
 from cbd.config import Ingest
 from cbd.images import Refused
-from components.decoding import CLUSTER, Outcome, decode_files, schedule_here
+from components.cluster import CLUSTER
+from components.decoders import Outcome, schedule_here
+from components.decoding import decode_files
 from components.delivery import read_delivery
 from components.object_store import Store, StoredObject, open_store, read_ahead
 from components.rawfiles import RawFile

@@ -12,9 +12,10 @@ from typing import Any
 
 from cbd.config import Ingest
 from cbd.errors import EnvironmentFault
-from components.decoding import CLUSTER, Asked, Outcome, schedule_here
+from components.decoders import Asked, Outcome, schedule_here
 from components.parallel import Pending
 
+CLUSTER = "CBD_RAY_ADDRESS"
 _MEND = "start it, set RAY_AUTH_MODE=token if it asks for a token, or unset the address to decode here"
 LOCAL = "local"
 """An address: a cluster of this machine alone, started for this process."""
@@ -35,7 +36,7 @@ def schedule_on(address: str) -> tuple[Schedule, int]:
     try:
         import ray
     except ImportError:
-        raise EnvironmentFault(f"{CLUSTER}={address}: Ray is not installed; install cbd[ray], or unset it to decode here") from None
+        raise EnvironmentFault(f"{CLUSTER}={address}: Ray is not installed; install the extra `ray`, or unset it to decode here") from None
     try:
         if not ray.is_initialized():
             _look_for(address)

@@ -1,30 +1,17 @@
-"""Decoding in worker processes with limits of memory and time: an image that crashes or hangs a decoder costs itself, not the run.
+"""Decodes a delivery file by file, in order: by worker processes of this machine, or on the Ray cluster that `CBD_RAY_ADDRESS` names."""
 
-The workers are of this machine, or of the Ray cluster that `CBD_RAY_ADDRESS` names.
-"""
-
-import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, TimeoutError
-from dataclasses import dataclass
-from functools import cache
-
-from pebble import ProcessExpired, ProcessPool
 
 from cbd.config import Ingest
-from cbd.dataset import Row, look_at
-from cbd.images import Refused, looks_of
+from cbd.dataset import Row
+from cbd.images import Refused
+from components.cluster import CLUSTER, schedule_on
+from components.decoders import Outcome, schedule_here
 from components.parallel import Pending, in_order, num_cores
 from components.rawfiles import RawFile
 
-CLUSTER = "CBD_RAY_ADDRESS"
 CHUNK_FILES, CHUNK_BYTES = 64, 4 * 2**20
-BYTES_PER_PIXEL, SPARE_BYTES = 24, 256 * 2**20
-"""What a worker may use beyond what it starts with: RGBA, its copy over white and the result, twice; and room for the decoders."""
-Outcome = Row | Refused
-Asked = list[tuple[bytes, str]]
-"""The bytes of images and their paths."""
 
 
 def decode_files(files: Iterable[RawFile], *, source: str, limits: Ingest) -> Iterator[tuple[RawFile, Row | None]]:
@@ -39,8 +26,6 @@ def decode_files(files: Iterable[RawFile], *, source: str, limits: Ingest) -> It
         EnvironmentFault: a cluster is named that cannot be used.
     """
     if address := os.environ.get(CLUSTER):
-        from components.cluster import schedule_on
-
         schedule, workers = schedule_on(address)
     else:
         schedule, workers = schedule_here, num_cores()
@@ -58,56 +43,6 @@ def decode_files(files: Iterable[RawFile], *, source: str, limits: Ingest) -> It
                 yield file, outcome and outcome._replace(data=file.data or b"", source=file.released_from or source)
 
 
-def schedule_here(asked: Asked, source: str, limits: Ingest, *, workers: int | None = None) -> "Decoding":
-    """Starts the decoding of images by worker processes of this machine, by default as many as cores."""
-    pool = _pool(limits.max_pixels, workers or num_cores())
-    return Decoding(pool, asked, source, limits, _start(pool, asked, source, limits))
-
-
-@dataclass(frozen=True, slots=True)
-class Decoding:
-    """Images that are being decoded."""
-
-    pool: ProcessPool
-    asked: Asked
-    source: str
-    limits: Ingest
-    future: "Future[list[Outcome]]"
-
-    def result(self) -> list[Outcome]:
-        """The outcome of every image, without its bytes; if they did not come back whole, each is tried alone."""
-        try:
-            return self.future.result()
-        except (ProcessExpired, TimeoutError, MemoryError):
-            return [self._alone(image) for image in self.asked]
-
-    def cancel(self) -> object:
-        """Stops it."""
-        return self.future.cancel()
-
-    def _alone(self, image: tuple[bytes, str]) -> Outcome:
-        try:
-            return _start(self.pool, [image], self.source, self.limits).result()[0]
-        except TimeoutError:
-            return Refused("decoder-hung", f"not decoded after {self.limits.decode_seconds:g} s")
-        except (ProcessExpired, MemoryError) as error:
-            code = getattr(error, "exitcode", None)
-            return Refused(
-                "decoder-crashed", f"the decoder ended with code {code}" if code is not None else "the decoder ran out of memory"
-            )
-
-
-def _start(pool: ProcessPool, asked: Asked, source: str, limits: Ingest) -> "Future[list[Outcome]]":
-    return pool.schedule(_rows, args=(asked, source, limits.max_pixels), timeout=limits.decode_seconds)
-
-
-@cache
-def _pool(max_pixels: int, workers: int) -> ProcessPool:
-    """The workers of this process, started on first use and ended with it."""
-    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of running threads
-    return ProcessPool(workers, initializer=_limit_memory, initargs=(max_pixels,), context=context)
-
-
 def _chunks(files: Iterable[RawFile]) -> Iterator[list[RawFile]]:
     chunk: list[RawFile] = []
     num_bytes = 0
@@ -123,36 +58,3 @@ def _chunks(files: Iterable[RawFile]) -> Iterator[list[RawFile]]:
 
 def _readable(file: RawFile) -> bool:
     return file.refusal is None and file.data is not None and file.label_name is not None
-
-
-def _rows(asked: Asked, source: str, max_pixels: int) -> list[Outcome]:
-    """In the worker: a row without its bytes for every image, which the caller has already."""
-    outcomes: list[Outcome] = []
-    places, glances = [], []
-    for place, (data, path) in enumerate(asked):
-        try:
-            row, seen = look_at(data, label=0, original_path=path, source=source, max_pixels=max_pixels)
-        except Refused as refusal:
-            outcomes.append(refusal)
-        else:
-            outcomes.append(row._replace(data=b""))
-            places.append(place)
-            glances.append(seen)
-    for place, found in zip(places, looks_of(glances), strict=True):
-        outcomes[place] = outcomes[place]._replace(**found._asdict())  # type: ignore[union-attr]
-    return outcomes
-
-
-def _limit_memory(max_pixels: int) -> None:
-    """In the worker: no more address space than it has at its start and the largest image needs."""
-    import resource
-    import warnings
-
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # they speak of metadata; faults of pixels are errors
-    try:
-        with open("/proc/self/statm") as file:
-            held = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        most = held + BYTES_PER_PIXEL * max_pixels + SPARE_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    except (OSError, ValueError):
-        pass  # a system without this limit still has the one of time

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-from components.decoding import Outcome, _rows
+from components.decoders import Outcome, _rows
 
 
 def faulty_rows(asked: list[tuple[bytes, str]], source: str, max_pixels: int) -> list[Outcome]:

@@ -15,7 +15,8 @@ from delivery_files import bomb, encode, png
 from cbd.config import Ingest
 from cbd.errors import EnvironmentFault
 from components import cluster
-from components.decoding import CLUSTER, decode_files
+from components.cluster import CLUSTER
+from components.decoding import decode_files
 from components.ingest import IngestOptions, IngestPaths, ingest
 from components.rawfiles import RawFile
 
@@ -105,5 +106,5 @@ def test_a_cluster_that_is_not_there_is_told(address: str) -> None:
 def test_without_ray_the_way_to_get_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     cluster.schedule_on.cache_clear()
-    with pytest.raises(EnvironmentFault, match=r"Ray is not installed; install cbd\[ray\]"):
+    with pytest.raises(EnvironmentFault, match=r"Ray is not installed; install the extra `ray`"):
         cluster.schedule_on("somewhere:6379")

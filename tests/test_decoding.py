@@ -10,7 +10,7 @@ from faulty_decoder import faulty_rows
 from cbd.config import Ingest
 from cbd.dataset import make_row
 from cbd.images import Refused
-from components import decoding
+from components import decoders, decoding
 from components.decoding import decode_files
 from components.parallel import num_cores
 from components.rawfiles import RawFile
@@ -47,7 +47,7 @@ def test_refused_files_and_files_without_data_pass_through() -> None:
 def test_an_image_that_brings_its_decoder_down_costs_only_itself(
     data: bytes, reason: str, detail: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "_rows", faulty_rows)
+    monkeypatch.setattr(decoders, "_rows", faulty_rows)
     files = [raw(number, data if number == 7 else png(number)) for number in range(80)]
     started = time.monotonic()
     seen = list(decode_files(iter(files), source="acme", limits=Ingest(decode_seconds=1)))
