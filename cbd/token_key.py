@@ -86,7 +86,7 @@ def open_token_key(uri: str) -> TokenKey:
         ConfigError: no such URI, the extra is not installed, there is no such token or key, it is not P-256, or the PIN is wrong.
     """
     if importlib.util.find_spec("pkcs11") is None:
-        raise ConfigError(f"{uri}: keys in tokens need python-pkcs11, which is not installed; run: pip install 'cbd[hsm]'")
+        raise ConfigError(f"{uri}: keys in tokens need python-pkcs11, which is not installed; install the extra `hsm`")
     values = _parse(uri)
     if not Path(library := values.get("module-path", os.environ.get(_LIBRARY, ""))).is_file():
         raise ConfigError(f"{uri}: no library {library!r}; expected module-path=, the path of the token's PKCS#11 library")

@@ -138,7 +138,7 @@ def test_a_development_key_hands_over_to_one_in_a_token(token: str, tmp_path: Pa
 
 def test_without_the_extra_the_fix_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"python-pkcs11, which is not installed; run: pip install 'cbd\[hsm\]'"):
+    with pytest.raises(ConfigError, match=r"python-pkcs11, which is not installed; install the extra `hsm`"):
         open_token_key("pkcs11:token=none;id=%01")
 
 
