@@ -66,7 +66,8 @@ TRAINING = Needs(("4", "8"), ("16G", "32G"), 24 * 3600, gpus=1, trains=True)
 """Steps that train."""
 MEASURING = replace(TRAINING, trains=False)
 """Steps that measure what was trained."""
-RETRIES = {"num_retries": 3, "backoff_duration": "60s", "backoff_factor": 2.0, "backoff_max_duration": "900s"}
+RETRIES = {"num_retries": 3, "backoff_duration": "60s", "backoff_factor": 2.0, "backoff_max_duration": "168h"}
+"""The longest duration counts from the start of the first try, waits for nodes included: after it Argo ends the one that runs."""
 
 
 @dataclass(frozen=True)

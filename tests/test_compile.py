@@ -182,6 +182,22 @@ def test_only_steps_that_a_second_time_change_nothing_outside_the_run_are_retrie
         assert (policy["maxRetryCount"], policy["backoffDuration"], policy["backoffFactor"]) == (RETRIES["num_retries"], "60s", 2.0)
 
 
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_a_step_that_is_retried_has_the_time_for_all_its_tries(pipeline: str) -> None:
+    """Argo retries no more, and ends the try that runs, when the longest duration has passed since the first began."""
+    spec, settings = yaml.safe_load_all(compiled_text("gke", pipeline))
+    tries = {task["componentRef"]["name"].removeprefix("comp-"): task.get("retryPolicy") for task in tasks(spec).values()}
+    for step, policy in ((step, policy) for step, policy in tries.items() if policy):
+        retries, pause, longest = (
+            int(policy["maxRetryCount"]),
+            float(policy["backoffDuration"][:-1]),
+            int(policy["backoffMaxDuration"][:-1]),
+        )
+        pauses = sum(pause * policy["backoffFactor"] ** number for number in range(retries))
+        assert (retries + 1) * int(of_steps(settings)[step]["activeDeadlineSeconds"]) + pauses < longest, step
+    assert any(tries.values())
+
+
 def test_every_step_is_a_task_and_none_is_cached(spec: dict[str, Any]) -> None:
     found = {name.replace("-", "_").removesuffix("_step").rstrip("_0123456789").removesuffix("_step") for name in tasks(spec)}
     assert set(STEPS) <= found
