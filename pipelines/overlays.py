@@ -81,7 +81,7 @@ class Overlay:
     taints: dict[str, str] = field(default_factory=dict)
     """Tolerated taints beside that of the GPU, with their values."""
     gpus: int = 1
-    """Of each training step."""
+    """Of each training step; none where it only waits for a TrainJob."""
 
 
 OVERLAYS = {
@@ -123,11 +123,11 @@ def place(task: dsl.PipelineTask, needs: Needs, *secrets: str) -> dsl.PipelineTa
     task.set_caching_options(False)
     overlay = _CHOSEN.get()
     gpus = overlay.gpus if overlay and needs.trains else needs.gpus
-    gpu = (GPU_RESOURCE, str(gpus)) if needs.gpus else (None, None)
+    gpu = (GPU_RESOURCE, str(gpus)) if gpus else (None, None)
     task.container_spec.resources = ResourceSpec(*needs.cpu, *needs.memory, *gpu)
     if overlay:
         _on_cluster(task, needs, secrets)
-        if needs.gpus:
+        if gpus:
             _on_gpu_nodes(task, overlay)
     return task
 

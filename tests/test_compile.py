@@ -129,6 +129,17 @@ def test_on_a_cluster_every_step_ends_in_time_is_no_root_and_gets_secrets_by_nam
         assert {(secret["secretName"], secret["optional"]) for secret in said.get("secretAsVolume", ())} <= {("cbd-signing-key", False)}
 
 
+def test_a_step_that_waits_for_a_train_job_waits_on_no_gpu_node() -> None:
+    compiled, settings = yaml.safe_load_all(compiled_text("gke", gpus=0))
+    selected = {name for name, said in of_steps(settings).items() if {"nodeSelector", "tolerations", "emptyDirMounts"} & set(said)}
+    assert selected == {"evaluate-step", "scan-step"}
+    executors = compiled["deploymentSpec"]["executors"]
+    assert {name for name, made in executors.items() if "accelerator" in made["container"]["resources"]} == {
+        "exec-evaluate-step",
+        "exec-scan-step",
+    }
+
+
 GRANTED = {
     "validate": {KEY},
     "train_undefended": {KEY, TRACKING, STORE},
