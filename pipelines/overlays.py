@@ -19,6 +19,8 @@ from components.attestation import IMAGE as IMAGE_VARIABLE
 from components.records import IMAGE
 
 GPU_RESOURCE = "nvidia.com/gpu"
+NEEDS_GPU = "CBD_NEEDS_GPU"
+"""Set in a step that asked for a GPU, which ends where it sees none; read by `cbd.training`, which compiling does not import."""
 WORKSPACE = "/workspace"
 """Where the claim `cbd-workspace` lies in every step: records and artifacts of runs, log, registry, digests of checkpoints."""
 SETTINGS = ("MLFLOW_TRACKING_URI",)
@@ -158,6 +160,7 @@ def _on_cluster(task: dsl.PipelineTask, needs: Needs, secrets: Sequence[str]) ->
 def _on_gpu_nodes(task: dsl.PipelineTask, overlay: Overlay) -> None:
     from kfp import kubernetes
 
+    task.container_spec.env |= {NEEDS_GPU: "1"}
     for label, value in overlay.selector.items():
         kubernetes.add_node_selector(task, label, value)
     kubernetes.add_toleration(task, GPU_RESOURCE, operator="Exists", effect="NoSchedule")
