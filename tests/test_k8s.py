@@ -473,6 +473,11 @@ def test_the_pods_of_a_training_on_several_machines_know_what_a_training_step_kn
     (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
     assert container["env"] == [{"name": NEEDS_GPU, "value": "1"}]
+    assert {(kind, told["name"]) for each in container["envFrom"] for kind, told in each.items()} == {
+        ("configMapRef", "cbd-settings"),
+        *(("secretRef", secret) for secret in SECRETS),
+    }
+    assert all(each["secretRef"]["optional"] for each in container["envFrom"] if "secretRef" in each)
 
 
 def test_a_dump_goes_to_the_object_store_and_the_newest_or_a_named_one_comes_back(tmp_path: Path) -> None:
