@@ -22,7 +22,7 @@ from pipelines.overlays import MORE_SETTINGS, NEEDS_GPU, SECRETS, SETTINGS, SIGN
 
 PROJECT = Path(__file__).parent.parent
 OVERLAYS = ("dev", "production")
-CUSTOM = {"ExternalSecret", "ServiceMonitor", "PrometheusRule", "EventSource", "Sensor"}
+CUSTOM = {"ExternalSecret", "ServiceMonitor", "PrometheusRule", "EventBus", "EventSource", "Sensor"}
 """Kinds whose schemas come with their operators, not with Kubernetes."""
 NEEDS_TOKEN = {("cbd", "cbd-runs")}
 """Argo's executor in a step's pod talks to the API of Kubernetes; nobody else does."""
