@@ -30,7 +30,9 @@ COPY --from=packages /opt/cbd /opt/cbd
 COPY --from=project /opt/project /opt/cbd
 COPY --from=project /app /app
 # Nothing is written but under /tmp and what is mounted, so that any user id and a read-only root file system will do.
+# The two folders of nvidia: there and nowhere else GKE mounts the driver's libraries.
 ENV PATH=/opt/cbd/bin:/usr/local/bin:/usr/bin:/bin \
+    LD_LIBRARY_PATH=/usr/local/nvidia/lib:/usr/local/nvidia/lib64 \
     HOME=/tmp USER=cbd LOGNAME=cbd MPLCONFIGDIR=/tmp/matplotlib DVC_SITE_CACHE_DIR=/tmp/dvc \
     PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=passive
 WORKDIR /tmp

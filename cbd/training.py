@@ -1,6 +1,7 @@
 """What both trainings share: one session that can be saved and resumed to the same bytes, augmentation, prediction."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -23,11 +24,17 @@ OnEpoch = Callable[[int, int, dict[str, float]], None]
 """Called after every epoch with (epochs done, epochs in all, measurements)."""
 PREDICTED_AT_ONCE = {"cpu": 128, "cuda": 512}
 """Images per batch where nothing is learned: on a CPU what its caches hold, a quarter faster there than 512, to the same bits."""
+NEEDS_GPU = "CBD_NEEDS_GPU"
+"""Set where a GPU was asked for, so that the CPU does not take its place for days without a word."""
 
 
 def best_device() -> torch.device:
-    """The first GPU, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The first GPU, or the CPU; raises EnvironmentFault if there is none and CBD_NEEDS_GPU is set."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if os.environ.get(NEEDS_GPU):
+        raise EnvironmentFault(f"{NEEDS_GPU} is set, but no GPU is seen: look at the driver, the device plugin and LD_LIBRARY_PATH")
+    return torch.device("cpu")
 
 
 def autocast(device: torch.device) -> torch.autocast:

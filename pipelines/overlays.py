@@ -19,6 +19,8 @@ from components.attestation import IMAGE as IMAGE_VARIABLE
 from components.records import IMAGE
 
 GPU_RESOURCE = "nvidia.com/gpu"
+NEEDS_GPU = "CBD_NEEDS_GPU"
+"""Set in a step that asked for a GPU, which ends where it sees none; read by `cbd.training`, which compiling does not import."""
 WORKSPACE = "/workspace"
 """Where the claim `cbd-workspace` lies in every step: records and artifacts of runs, log, registry, digests of checkpoints."""
 SETTINGS = ("MLFLOW_TRACKING_URI",)
@@ -66,7 +68,8 @@ TRAINING = Needs(("4", "8"), ("16G", "32G"), 24 * 3600, gpus=1, trains=True)
 """Steps that train."""
 MEASURING = replace(TRAINING, trains=False)
 """Steps that measure what was trained."""
-RETRIES = {"num_retries": 3, "backoff_duration": "60s", "backoff_factor": 2.0, "backoff_max_duration": "900s"}
+RETRIES = {"num_retries": 3, "backoff_duration": "60s", "backoff_factor": 2.0, "backoff_max_duration": "168h"}
+"""The longest duration counts from the start of the first try, waits for nodes included: after it Argo ends the one that runs."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Overlay:
     taints: dict[str, str] = field(default_factory=dict)
     """Tolerated taints beside that of the GPU, with their values."""
     gpus: int = 1
-    """Of each training step."""
+    """Of each training step; none where it only waits for a TrainJob."""
 
 
 OVERLAYS = {
@@ -122,11 +125,11 @@ def place(task: dsl.PipelineTask, needs: Needs, *secrets: str) -> dsl.PipelineTa
     task.set_caching_options(False)
     overlay = _CHOSEN.get()
     gpus = overlay.gpus if overlay and needs.trains else needs.gpus
-    gpu = (GPU_RESOURCE, str(gpus)) if needs.gpus else (None, None)
+    gpu = (GPU_RESOURCE, str(gpus)) if gpus else (None, None)
     task.container_spec.resources = ResourceSpec(*needs.cpu, *needs.memory, *gpu)
     if overlay:
         _on_cluster(task, needs, secrets)
-        if needs.gpus:
+        if gpus:
             _on_gpu_nodes(task, overlay)
     return task
 
@@ -157,6 +160,7 @@ def _on_cluster(task: dsl.PipelineTask, needs: Needs, secrets: Sequence[str]) ->
 def _on_gpu_nodes(task: dsl.PipelineTask, overlay: Overlay) -> None:
     from kfp import kubernetes
 
+    task.container_spec.env |= {NEEDS_GPU: "1"}
     for label, value in overlay.selector.items():
         kubernetes.add_node_selector(task, label, value)
     kubernetes.add_toleration(task, GPU_RESOURCE, operator="Exists", effect="NoSchedule")

@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from cbd.errors import ConfigError
+from cbd.errors import ConfigError, EnvironmentFault
+from cbd.training import best_device
 from components import STEPS
 from components.records import IMAGE
 from pipelines.compile import PIPELINES, compile_pipeline, compiled_text, golden
-from pipelines.overlays import KEY, OVERLAYS, RETRIES, SIGNING_KEY, STORE, TRACKING
+from pipelines.overlays import KEY, NEEDS_GPU, OVERLAYS, RETRIES, SIGNING_KEY, STORE, TRACKING
 
 PINNED = "registry.example/cbd@sha256:" + "0123456789abcdef" * 4
 
@@ -88,13 +90,14 @@ def test_an_overlays_golden_file_is_the_document_that_follows_the_pipeline(on_cl
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_an_overlay_changes_nothing_in_the_pipeline_but_two_variables_and_retries(
+def test_an_overlay_changes_nothing_in_the_pipeline_but_three_variables_and_retries(
     spec: dict[str, Any], on_clusters: dict[str, str], overlay: str
 ) -> None:
     compiled = next(yaml.safe_load_all(on_clusters[overlay]))
     for executor in compiled["deploymentSpec"]["executors"].values():
         told = {variable["name"]: variable["value"] for variable in executor["container"].pop("env")}
         assert told.pop("CBD_SIGNING_KEY", SIGNING_KEY) == SIGNING_KEY
+        assert told.pop(NEEDS_GPU, None) == ("1" if "accelerator" in executor["container"]["resources"] else None)
         assert told == {"CBD_IMAGE": IMAGE}
     for task in tasks(compiled).values():
         task.pop("retryPolicy", None)
@@ -127,6 +130,27 @@ def test_on_a_cluster_every_step_ends_in_time_is_no_root_and_gets_secrets_by_nam
         assert said["securityContext"] == {"runAsNonRoot": True}
         assert [(claim["constant"], claim["mountPath"]) for claim in said["pvcMount"]] == [("cbd-workspace", "/workspace")]
         assert {(secret["secretName"], secret["optional"]) for secret in said.get("secretAsVolume", ())} <= {("cbd-signing-key", False)}
+
+
+def test_a_step_that_asked_for_a_gpu_does_not_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = next(yaml.safe_load_all(compiled_text("gke")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert best_device().type == "cpu"
+    for variable in compiled["deploymentSpec"]["executors"]["exec-scan-step"]["container"]["env"]:
+        monkeypatch.setenv(variable["name"], variable["value"])
+    with pytest.raises(EnvironmentFault, match="CBD_NEEDS_GPU is set, but no GPU is seen: .*LD_LIBRARY_PATH"):
+        best_device()
+
+
+def test_a_step_that_waits_for_a_train_job_waits_on_no_gpu_node() -> None:
+    compiled, settings = yaml.safe_load_all(compiled_text("gke", gpus=0))
+    selected = {name for name, said in of_steps(settings).items() if {"nodeSelector", "tolerations", "emptyDirMounts"} & set(said)}
+    assert selected == {"evaluate-step", "scan-step"}
+    executors = compiled["deploymentSpec"]["executors"]
+    assert {name for name, made in executors.items() if "accelerator" in made["container"]["resources"]} == {
+        "exec-evaluate-step",
+        "exec-scan-step",
+    }
 
 
 GRANTED = {
@@ -180,6 +204,22 @@ def test_only_steps_that_a_second_time_change_nothing_outside_the_run_are_retrie
     }
     for policy in filter(None, policies.values()):
         assert (policy["maxRetryCount"], policy["backoffDuration"], policy["backoffFactor"]) == (RETRIES["num_retries"], "60s", 2.0)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_a_step_that_is_retried_has_the_time_for_all_its_tries(pipeline: str) -> None:
+    """Argo retries no more, and ends the try that runs, when the longest duration has passed since the first began."""
+    spec, settings = yaml.safe_load_all(compiled_text("gke", pipeline))
+    tries = {task["componentRef"]["name"].removeprefix("comp-"): task.get("retryPolicy") for task in tasks(spec).values()}
+    for step, policy in ((step, policy) for step, policy in tries.items() if policy):
+        retries, pause, longest = (
+            int(policy["maxRetryCount"]),
+            float(policy["backoffDuration"][:-1]),
+            int(policy["backoffMaxDuration"][:-1]),
+        )
+        pauses = sum(pause * policy["backoffFactor"] ** number for number in range(retries))
+        assert (retries + 1) * int(of_steps(settings)[step]["activeDeadlineSeconds"]) + pauses < longest, step
+    assert any(tries.values())
 
 
 def test_every_step_is_a_task_and_none_is_cached(spec: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from command import cbd
 from kfp_server import Server
-from test_k8s import CUSTOM, PROJECT, Manifests, image_faults, pod_faults, schema_faults, secret_faults
+from test_k8s import CUSTOM, PROJECT, Manifests, image_faults, namespace_faults, pod_faults, schema_faults, secret_faults
 
 pytestmark = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed; it renders the example")
 
@@ -31,7 +31,7 @@ def found(kind: str, name: str = "") -> dict[str, Any]:
 def job() -> dict[str, Any]:
     """What the sensor makes, as it would stand in the cluster."""
     made: dict[str, Any] = found("Sensor")["spec"]["triggers"][0]["template"]["k8s"]["source"]["resource"]
-    return made | {"metadata": {"namespace": "cbd", "name": "cbd-delivery-x"}}
+    return made | {"metadata": {"namespace": "cbd-events", "name": "cbd-delivery-x"}}
 
 
 def faults(made: dict[str, Any]) -> list[str]:
@@ -59,7 +59,6 @@ SPOILED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 def test_the_example_passes_the_schemas_and_our_policy() -> None:
     assert faults(job()) == []
-    assert {each["metadata"]["namespace"] for each in _rendered()} == {"cbd"}
 
 
 @pytest.mark.parametrize("broken", SPOILED)
@@ -69,6 +68,31 @@ def test_each_rule_is_seen_broken(broken: str) -> None:
     assert any(message in fault for fault in faults(made))
 
 
+def of_argo_events() -> dict[str, list[dict[str, Any]]]:
+    """By kind: of the pods that Argo Events makes, the pod's security and then each container's."""
+    source, sensor, bus = (found(kind)["spec"] for kind in ("EventSource", "Sensor", "EventBus"))
+    made = {kind: [spec["template"], spec["template"]["container"]] for kind, spec in {"EventSource": source, "Sensor": sensor}.items()}
+    names = ("containerTemplate", "reloaderContainerTemplate", "metricsContainerTemplate")
+    made["EventBus"] = [bus["jetstream"], *(bus["jetstream"][name] for name in names)]
+    return {kind: [each["securityContext"] for each in contexts] for kind, contexts in made.items()}
+
+
+@pytest.mark.parametrize("kind", ["EventBus", "EventSource", "Sensor"])
+def test_the_pods_of_argo_events_are_admitted_under_restricted(kind: str) -> None:
+    pod, *boxes = of_argo_events()[kind]
+    assert pod["runAsNonRoot"] and pod["runAsUser"] and pod["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert boxes and all(box == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}} for box in boxes)
+
+
+def test_who_may_make_jobs_does_so_in_a_namespace_without_our_secrets() -> None:
+    ours = [each for each in _rendered() if each["metadata"].get("namespace") != "cbd"]
+    assert list(namespace_faults(ours)) == []
+    beside = [each for each in _rendered() if each not in ours]
+    assert {each["kind"] for each in beside} == {"Role", "RoleBinding"}
+    told = [rule for each in beside for rule in each.get("rules", ()) if rule["apiGroups"] != ["pipelines.kubeflow.org"]]
+    assert told == [{"apiGroups": [""], "resources": ["serviceaccounts"], "resourceNames": ["cbd-runs"], "verbs": ["use"]}]
+
+
 def test_the_sensor_waits_for_the_event_that_the_source_gives_and_makes_jobs_alone() -> None:
     source, sensor = found("EventSource"), found("Sensor")
     (event,) = (name for kind in ("sqs", "minio", "pubSub") for name in source["spec"].get(kind, {}))
@@ -76,7 +100,8 @@ def test_the_sensor_waits_for_the_event_that_the_source_gives_and_makes_jobs_alo
     assert (dependency["eventSourceName"], dependency["eventName"]) == (source["metadata"]["name"], event)
     assert "parameters" not in sensor["spec"]["triggers"][0]["template"]["k8s"], "nothing of an event may reach the command"
     account = sensor["spec"]["template"]["serviceAccountName"]
-    assert found("RoleBinding", account)["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": "cbd"}]
+    assert found("RoleBinding", account)["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": "cbd-events"}]
+    assert source["spec"]["template"]["serviceAccountName"] != account, "what reads the queue needs nothing of Kubernetes"
     assert found("Role", account)["rules"] == [{"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["create"]}]
     used = job()["spec"]["template"]["spec"]
     names = {used["containers"][0]["envFrom"][0]["configMapRef"]["name"], used["volumes"][0]["configMap"]["name"]}

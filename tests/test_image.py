@@ -23,6 +23,7 @@ def faults(text: str) -> list[str]:
         "no commit": 'org.opencontainers.image.revision="${COMMIT}"' in final,
         "something from the network": not re.search(r"\b(curl|wget|ADD|git clone)\b", text),
         "a cache outside of /tmp": "/opt/mlflow" in text or "DVC_SITE_CACHE_DIR=/tmp/" in final,
+        "no path to the driver": "/opt/mlflow" in text or "LD_LIBRARY_PATH=/usr/local/nvidia/lib:/usr/local/nvidia/lib64 " in final,
         "a secret": not re.search(r"(?i)(password|secret|token)\s*=", text),
     }
     return [name for name, holds in rules.items() if not holds]
@@ -47,6 +48,7 @@ def test_a_dockerfile_keeps_the_rules(name: str) -> None:
         ("${COMMIT}", "unknown", "no commit"),
         ("COPY . .", "ADD https://example.org/x .", "something from the network"),
         ("USER=cbd", "TOKEN=abc", "a secret"),
+        ("nvidia/lib64", "cuda/lib64", "no path to the driver"),
         ("DVC_SITE_CACHE_DIR", "OTHER", "a cache outside of /tmp"),
     ],
 )

@@ -18,11 +18,11 @@ import yaml
 from moto.server import ThreadedMotoServer
 
 from components.monitoring import OUTCOMES
-from pipelines.overlays import MORE_SETTINGS, SECRETS, SETTINGS, SIGNING_KEY
+from pipelines.overlays import MORE_SETTINGS, NEEDS_GPU, SECRETS, SETTINGS, SIGNING_KEY
 
 PROJECT = Path(__file__).parent.parent
 OVERLAYS = ("dev", "production")
-CUSTOM = {"ExternalSecret", "ServiceMonitor", "PrometheusRule", "EventSource", "Sensor"}
+CUSTOM = {"ExternalSecret", "ServiceMonitor", "PrometheusRule", "EventBus", "EventSource", "Sensor"}
 """Kinds whose schemas come with their operators, not with Kubernetes."""
 NEEDS_TOKEN = {("cbd", "cbd-runs")}
 """Argo's executor in a step's pod talks to the API of Kubernetes; nobody else does."""
@@ -36,14 +36,14 @@ pytestmark = [
 
 
 @functools.cache
-def _rendered(overlay: str) -> Manifests:
-    command = ["kubectl", "kustomize", str(PROJECT / "k8s" / "overlays" / overlay)]
+def _rendered(folder: str) -> Manifests:
+    command = ["kubectl", "kustomize", str(PROJECT / "k8s" / folder)]
     return list(yaml.safe_load_all(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
 
 def rendered(overlay: str) -> Manifests:
     """All objects of an overlay, the caller's to change."""
-    return deepcopy(_rendered(overlay))
+    return deepcopy(_rendered(f"overlays/{overlay}"))
 
 
 def of_kind(manifests: Manifests, *kinds: str) -> Manifests:
@@ -466,6 +466,18 @@ def test_the_names_that_compiled_pipelines_read_are_there() -> None:
     secrets = {each["metadata"]["name"]: each["spec"]["data"] for each in of_kind(manifests, "ExternalSecret") if place(each)[0] == "cbd"}
     keys = {name: {entry["secretKey"] for entry in entries} for name, entries in secrets.items()}
     assert keys == {name: set(named) for name, named in SECRETS.items()} | {"cbd-signing-key": {Path(SIGNING_KEY).name}}
+
+
+def test_the_pods_of_a_training_on_several_machines_know_what_a_training_step_knows() -> None:
+    (runtime,) = of_kind(_rendered("trainer"), "TrainingRuntime")
+    (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["env"] == [{"name": NEEDS_GPU, "value": "1"}]
+    assert {(kind, told["name"]) for each in container["envFrom"] for kind, told in each.items()} == {
+        ("configMapRef", "cbd-settings"),
+        *(("secretRef", secret) for secret in SECRETS),
+    }
+    assert all(each["secretRef"]["optional"] for each in container["envFrom"] if "secretRef" in each)
 
 
 def test_a_dump_goes_to_the_object_store_and_the_newest_or_a_named_one_comes_back(tmp_path: Path) -> None:
