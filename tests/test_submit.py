@@ -10,7 +10,8 @@ from command import cbd
 from kfp_server import Fault, Server
 
 from cbd.errors import CbdError, ConfigError, EnvironmentFault
-from components.tracking_runs import close_run
+from components.tracking_runs import close_run, log_run
+from components.tracking_store import client
 from pipelines import submit
 from pipelines.launch import Order
 from pipelines.options import load
@@ -70,6 +71,19 @@ def test_a_run_is_followed_to_its_verdict_and_its_links_are_told(
     assert f"run: {server.address}/#/runs/details/{server.runs[0]['run_id']}" in err
     assert "ingest-step: pending" in err and "ingest-step: running" in err and "ingest-step: succeeded" in err
     assert "/artifacts/report.html" in out
+
+
+def test_the_verdict_is_found_where_the_server_presets_a_tracking_run_for_every_task(
+    tracked: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CBD_IMAGE", IMAGE)
+    with client(tmp_path) as mlflow:
+        tasks = [mlflow.create_run("0").info.run_id for _ in range(2)]
+    monkeypatch.setenv("MLFLOW_RUN_ID", tasks[0])
+    log_run(tmp_path, "first", params={"seed": 0})
+    monkeypatch.setenv("MLFLOW_RUN_ID", tasks[1])
+    tracked()
+    assert send()["verdict"] == "PASS"
 
 
 @pytest.mark.parametrize(("verdict", "code"), [("REVIEW", 10), ("BLOCK", 11), ("INCONCLUSIVE", 12), ("INVALID", 13)])
