@@ -9,7 +9,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,6 +27,8 @@ EXPERIMENT = "cbd"
 PAUSES: tuple[float, ...] = (1, 2, 4, 8, 16)
 """Seconds between attempts while the server is out of reach or busy."""
 BUSY = (429, 502, 503, 504)
+PAGE = 100
+"""Things on a page of a list."""
 Answer = TypeVar("Answer")
 
 
@@ -105,6 +107,16 @@ def created(make: Callable[[], Answer], find: Callable[[], Answer | None]) -> An
         if (found := asked(find)) is not None:
             return found
     raise ValueError("PAUSES is empty")
+
+
+def listed(ask: Callable[..., Any], things: str, **about: Any) -> Iterator[Any]:
+    """All `things` that a list call of the client gives, page by page; raises what `asked` does."""
+    token = ""
+    while True:
+        page = asked(lambda token=token: ask(page_token=token, page_size=PAGE, **about))  # type: ignore[misc]
+        yield from getattr(page, things) or ()
+        if not (token := page.next_page_token):
+            return
 
 
 def named(name: str) -> str:

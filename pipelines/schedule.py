@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from cbd.config import Params, canonical_json
 from cbd.errors import ConfigError
-from pipelines.kubeflow import asked, connect, created, experiment_of, named
+from pipelines.kubeflow import asked, connect, created, experiment_of, listed, named
 from pipelines.launch import Order
-from pipelines.submit import WORKSPACE, Cluster, arguments, compiled
+from pipelines.submit import WORKSPACE, Cluster, arguments, compiled, has_ended
 
 if TYPE_CHECKING:
     from kfp import Client
@@ -23,8 +23,6 @@ MACRO = "[[ScheduledTime]]"
 EVERY = re.compile(r"([1-9][0-9]{0,4})([mhd])")
 SECONDS = {"m": 60, "h": 3600, "d": 86400}
 CRON_FIELD = re.compile(r"[0-9A-Za-z*/,?#-]+")
-ACTIVE = ("PENDING", "RUNNING", "CANCELING", "PAUSED")
-PAGE = 100
 
 
 def schedule(order: Order, params: Params, cluster: Cluster, *, cron: str | None = None, every: str | None = None) -> dict[str, Any]:
@@ -123,18 +121,9 @@ def _create(client: "Client", experiment: str, name: str, wanted: dict[str, Any]
 
 
 def _listed(client: "Client", experiment: str, name: str | None = None) -> list[Any]:
-    """All recurring runs of the experiment, page by page."""
-    found, token = [], ""
-    while True:
-        page = asked(
-            lambda token=token: client.list_recurring_runs(  # type: ignore[misc]
-                page_token=token, page_size=PAGE, experiment_id=experiment, filter=named(name) if name else None
-            )
-        )
-        found += page.recurring_runs or []
-        token = page.next_page_token
-        if not token:
-            return found
+    """All recurring runs of the experiment."""
+    about = {"experiment_id": experiment, "filter": named(name) if name else None}
+    return list(listed(client.list_recurring_runs, "recurring_runs", **about))
 
 
 def _find(client: "Client", experiment: str, name: str) -> list[Any]:
@@ -155,9 +144,8 @@ def _check_idle(client: "Client", experiment: str, stale: list[Any]) -> None:
     ids = {found.recurring_run_id for found in stale}
     if not ids:
         return
-    latest = asked(lambda: client.list_runs(page_size=PAGE, sort_by="created_at desc", experiment_id=experiment)).runs or []
-    for run in latest:
-        if run.recurring_run_id in ids and run.state in ACTIVE:
+    for run in listed(client.list_runs, "runs", sort_by="created_at desc", experiment_id=experiment):
+        if run.recurring_run_id in ids and not has_ended(run):
             raise ConfigError(f"{stale[0].display_name}: its run {run.display_name} is going on and would end; pause it, try again later")
 
 
