@@ -60,8 +60,11 @@ def connect(namespace: str = "") -> "Client":
             about = {"existing_token": os.environ.get(TOKEN), "ssl_ca_cert": os.environ.get("SSL_CERT_FILE")}
             return Client(host, namespace=namespace, credentials=_mounted_token(), **about)
 
-    client = asked(opened)
-    health = asked(client.get_kfp_healthz)
+    try:
+        client = asked(opened)
+        health = asked(client.get_kfp_healthz)
+    except Missing as error:
+        raise EnvironmentFault(f"{error}; cbd needs v2beta1, Kubeflow Pipelines 2") from None
     if health.multi_user and not client.get_user_namespace():
         raise ConfigError(f"{host}: serves several users, each in a namespace; name yours with --namespace")
     return client
@@ -138,6 +141,10 @@ def link_to(run_id: str) -> str:
     return f"{(os.environ.get(UI_ENDPOINT) or os.environ.get(ENDPOINT, '')).rstrip('/')}/#/runs/details/{run_id}"
 
 
+class Missing(EnvironmentFault):
+    """The server does not have what it is asked for: it was deleted, or the server is of another kind."""
+
+
 class _Passing(Exception):
     """A fault that may pass."""
 
@@ -162,7 +169,7 @@ def _refusal(status: int, said: str) -> CbdError:
     if status == 403:
         return ConfigError(f"the server does not allow it (403: {said}); is --namespace yours, and may its account do this?")
     if status in (404, 501):
-        return EnvironmentFault(f"the server does not know what it is asked ({status}: {said}); cbd needs v2beta1, Kubeflow Pipelines 2")
+        return Missing(f"the server does not know what it is asked for ({status}: {said})")
     if status == 400:
         return ConfigError(f"the server refuses what it is given (400: {said}); one older than kfp 2.17 may not know all of it")
     return EnvironmentFault(f"the server failed, or its answer cannot be understood ({status}: {said}); look at its log")

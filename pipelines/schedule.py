@@ -5,13 +5,14 @@ applying it again changes nothing. The server cannot change one, so another is m
 between, something is scheduled, and applying again leaves one.
 """
 
+import contextlib
 import hashlib
 import re
 from typing import TYPE_CHECKING, Any
 
 from cbd.config import Params, canonical_json
 from cbd.errors import ConfigError
-from pipelines.kubeflow import asked, connect, created, experiment_of, listed, named
+from pipelines.kubeflow import Missing, asked, connect, created, experiment_of, listed, named
 from pipelines.launch import Order
 from pipelines.submit import WORKSPACE, Cluster, arguments, compiled, has_ended
 
@@ -58,8 +59,7 @@ def schedule(order: Order, params: Params, cluster: Cluster, *, cron: str | None
         if kept is None:
             wanted = {"description": mark, "params": given, "enabled": not paused, "service_account": cluster.service_account, **trigger}
             kept = _create(client, experiment, name, wanted | {"pipeline_package_path": str(package)})
-    for found in stale:
-        asked(lambda found=found: client.delete_recurring_run(found.recurring_run_id))  # type: ignore[misc]
+    _delete(client, stale)
     change = "replaced" if stale else "unchanged" if kept in before else "created"
     return {"name": name, "change": change, "when": cron or f"every {every}", "paused": kept.mode == "DISABLE"}
 
@@ -93,8 +93,7 @@ def delete(name: str, *, namespace: str = "") -> dict[str, Any]:
     client = connect(namespace)
     found = _known(client, namespace, name)
     _check_idle(client, experiment_of(client, namespace), found)
-    for one in found:
-        asked(lambda one=one: client.delete_recurring_run(one.recurring_run_id))  # type: ignore[misc]
+    _delete(client, found)
     return {"name": name, "deleted": True}
 
 
@@ -118,6 +117,12 @@ def _create(client: "Client", experiment: str, name: str, wanted: dict[str, Any]
         lambda: client.create_recurring_run(experiment, name, max_concurrency=1, no_catchup=True, **wanted),
         lambda: next((found for found in _find(client, experiment, name) if found.description == wanted["description"]), None),
     )
+
+
+def _delete(client: "Client", stale: list[Any]) -> None:
+    for found in stale:
+        with contextlib.suppress(Missing):  # an earlier attempt may have done it, and its answer was lost
+            asked(lambda found=found: client.delete_recurring_run(found.recurring_run_id))  # type: ignore[misc]
 
 
 def _listed(client: "Client", experiment: str, name: str | None = None) -> list[Any]:

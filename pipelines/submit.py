@@ -18,7 +18,7 @@ from cbd.config import Params
 from cbd.errors import CbdError, ConfigError, EnvironmentFault
 from pipelines import overlays
 from pipelines.compile import check_image, compile_pipeline
-from pipelines.kubeflow import asked, connect, created, experiment_of, link_to, listed, named
+from pipelines.kubeflow import Missing, asked, connect, created, experiment_of, link_to, listed, named
 from pipelines.launch import NAME, Order, check_names, pipeline_arguments
 from pipelines.progress import printable
 
@@ -178,6 +178,8 @@ def _started(run_id: str, given: dict[str, Any], cluster: Cluster, pipeline: str
 def _followed(client: "Client", server_id: str, run_id: str) -> Any:
     try:
         return follow(client, server_id)
+    except Missing as error:
+        raise CbdError(f"run {run_id}: {error}; it was deleted, which ends it: submit again with another --run-id") from None
     except CbdError as error:
         raise type(error)(f"{error}; the run goes on, follow it by the same command with --run-id {run_id}") from None
 

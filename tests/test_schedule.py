@@ -113,6 +113,14 @@ def test_a_schedule_whose_creation_was_answered_with_a_failure_is_made_once(serv
     assert [made["mode"] for made in server.recurring] == ["ENABLE"]
 
 
+def test_a_deletion_whose_answer_was_lost_has_happened(server: Server) -> None:
+    apply()
+    server.faults = [Fault("DELETE", "recurringruns", 503, too_late=True)]
+    assert apply(every="6h")["change"] == "replaced"
+    server.faults = [Fault("DELETE", "recurringruns", 503, too_late=True)]
+    assert schedule.delete("retrain-model")["deleted"] and server.recurring == []
+
+
 def test_a_server_lost_while_one_is_replaced_leaves_something_scheduled_and_the_next_time_leaves_one(server: Server) -> None:
     apply()
     server.faults = [Fault("DELETE", "recurringruns", 403)]

@@ -266,6 +266,14 @@ def test_a_verdict_beside_an_alarm_is_none(tracked: Callable[..., None]) -> None
         send()
 
 
+def test_a_run_that_is_deleted_while_it_is_followed_is_told_as_that(server: Server, tracked: Callable[..., None]) -> None:
+    missing = b'{"error": "ResourceNotFoundError: Run x not found.", "code": 5, "message": "Run x not found."}'
+    server.faults = [Fault("GET", "runs/", 404, body=missing)]
+    with pytest.raises(CbdError, match=r"run first: .* \(404: Run x not found.\); it was deleted, which ends it") as told:
+        send()
+    assert "goes on" not in str(told.value) and "v2beta1" not in str(told.value)
+
+
 def test_losing_the_server_says_how_to_follow_on(server: Server, tracked: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "PATIENCE", 1)
     server.faults = [Fault("GET", "runs/", 401)]
