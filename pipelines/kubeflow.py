@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 ENDPOINT = "KF_PIPELINES_ENDPOINT"
 UI_ENDPOINT = "KF_PIPELINES_UI_ENDPOINT"
+IN_CLUSTER = "http://ml-pipeline.kubeflow:8888"
+"""Where Kubeflow Pipelines is for the pods of its cluster."""
 TOKEN = "CBD_KFP_TOKEN"
 """Variable with the bearer token; an option would show it in the list of processes."""
 EXPERIMENT = "cbd"
@@ -39,8 +41,8 @@ def connect(namespace: str = "") -> "Client":
         ConfigError: no server is named, it does not accept the credentials, or it serves several users and no namespace is named.
         EnvironmentFault: it does not answer, or is no KFP server with the API v2beta1.
     """
-    host = os.environ.get(ENDPOINT)
-    if not host and "KUBERNETES_SERVICE_HOST" not in os.environ:
+    host = _address()
+    if not host:
         raise ConfigError(f"{ENDPOINT} is not set: expected the address of a Kubeflow Pipelines server, such as http://127.0.0.1:8888")
     import kfp
 
@@ -49,7 +51,7 @@ def connect(namespace: str = "") -> "Client":
             health, _, headers = self._healthz_api.healthz_service_get_healthz_with_http_info()
             if "json" not in (headers.get("Content-Type") or ""):
                 raise EnvironmentFault(
-                    f"{host or 'the server'}: answers with a page and not as a Kubeflow Pipelines server, perhaps with one to log in; "
+                    f"{host}: answers with a page and not as a Kubeflow Pipelines server, perhaps with one to log in; "
                     f"put a token into {TOKEN}, or name the API's own address in {ENDPOINT}"
                 )
             return health
@@ -68,6 +70,11 @@ def connect(namespace: str = "") -> "Client":
     if health.multi_user and not client.get_user_namespace():
         raise ConfigError(f"{host}: serves several users, each in a namespace; name yours with --namespace")
     return client
+
+
+def _address() -> str:
+    """Where the server is; empty if nothing says it."""
+    return os.environ.get(ENDPOINT) or (IN_CLUSTER if "KUBERNETES_SERVICE_HOST" in os.environ else "")
 
 
 def _mounted_token() -> Any | None:
@@ -138,7 +145,7 @@ def experiment_of(client: "Client", namespace: str) -> str:
 
 def link_to(run_id: str) -> str:
     """The page of a run in the server's user interface."""
-    return f"{(os.environ.get(UI_ENDPOINT) or os.environ.get(ENDPOINT, '')).rstrip('/')}/#/runs/details/{run_id}"
+    return f"{(os.environ.get(UI_ENDPOINT) or _address()).rstrip('/')}/#/runs/details/{run_id}"
 
 
 class Missing(EnvironmentFault):

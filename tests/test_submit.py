@@ -12,7 +12,7 @@ from kfp_server import Fault, Server
 from cbd.errors import CbdError, ConfigError, EnvironmentFault
 from components.tracking_runs import close_run, log_run
 from components.tracking_store import client
-from pipelines import submit
+from pipelines import kubeflow, submit
 from pipelines.launch import Order
 from pipelines.options import load
 from pipelines.submit import Cluster
@@ -155,6 +155,17 @@ def test_without_a_tracking_server_nothing_is_started_that_could_not_be_told(ser
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI is not set"):
         send()
     assert server.asked == []
+
+
+def test_in_a_cluster_the_server_is_where_kubeflow_pipelines_puts_it(
+    server: Server, tracked: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracked()
+    assert kubeflow.IN_CLUSTER == "http://ml-pipeline.kubeflow:8888"
+    monkeypatch.setattr(kubeflow, "IN_CLUSTER", server.address)
+    monkeypatch.delenv("KF_PIPELINES_ENDPOINT")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert send()["run"].startswith(f"{server.address}/#/runs/details/")
 
 
 def test_without_an_address_nobody_is_asked(tracked: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
