@@ -27,14 +27,13 @@ Point = tuple[str, float, int, int]
 
 
 def open_run(workspace: Path, run_id: str) -> str:
-    """MLflow's id of the run tagged `cbd.run_id`, made if there is none; a preset MLFLOW_RUN_ID is that run.
+    """MLflow's id of the run tagged `cbd.run_id`, made if there is none; on one machine a preset MLFLOW_RUN_ID is that run.
 
     Raises:
         EnvironmentFault: MLflow is out of reach.
     """
     with client(workspace) as mlflow:
-        preset = os.environ.get("MLFLOW_RUN_ID")
-        if preset:
+        if preset := _preset():
             mlflow.set_tag(preset, "cbd.run_id", run_id)
             return preset
         with locked(workspace / LOCK):
@@ -187,6 +186,13 @@ def _write(workspace: Path, run: str, points: Sequence[Point]) -> None:
 
         for start in range(0, len(points), 1000):
             mlflow.log_batch(run, metrics=[Metric(*point) for point in points[start : start + 1000]])
+
+
+def _preset() -> str | None:
+    """MLFLOW_RUN_ID, but None in a step on a cluster: the server there may give every task a run of its own, perhaps elsewhere."""
+    from components.attestation import IMAGE
+
+    return None if IMAGE in os.environ else os.environ.get("MLFLOW_RUN_ID")
 
 
 def _experiment(mlflow: "MlflowClient", workspace: Path) -> str:

@@ -9,7 +9,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,12 +21,16 @@ if TYPE_CHECKING:
 
 ENDPOINT = "KF_PIPELINES_ENDPOINT"
 UI_ENDPOINT = "KF_PIPELINES_UI_ENDPOINT"
+IN_CLUSTER = "http://ml-pipeline.kubeflow:8888"
+"""Where Kubeflow Pipelines is for the pods of its cluster."""
 TOKEN = "CBD_KFP_TOKEN"
 """Variable with the bearer token; an option would show it in the list of processes."""
 EXPERIMENT = "cbd"
 PAUSES: tuple[float, ...] = (1, 2, 4, 8, 16)
 """Seconds between attempts while the server is out of reach or busy."""
 BUSY = (429, 502, 503, 504)
+PAGE = 100
+"""Things on a page of a list."""
 Answer = TypeVar("Answer")
 
 
@@ -37,8 +41,8 @@ def connect(namespace: str = "") -> "Client":
         ConfigError: no server is named, it does not accept the credentials, or it serves several users and no namespace is named.
         EnvironmentFault: it does not answer, or is no KFP server with the API v2beta1.
     """
-    host = os.environ.get(ENDPOINT)
-    if not host and "KUBERNETES_SERVICE_HOST" not in os.environ:
+    host = _address()
+    if not host:
         raise ConfigError(f"{ENDPOINT} is not set: expected the address of a Kubeflow Pipelines server, such as http://127.0.0.1:8888")
     import kfp
 
@@ -47,7 +51,7 @@ def connect(namespace: str = "") -> "Client":
             health, _, headers = self._healthz_api.healthz_service_get_healthz_with_http_info()
             if "json" not in (headers.get("Content-Type") or ""):
                 raise EnvironmentFault(
-                    f"{host or 'the server'}: answers with a page and not as a Kubeflow Pipelines server, perhaps with one to log in; "
+                    f"{host}: answers with a page and not as a Kubeflow Pipelines server, perhaps with one to log in; "
                     f"put a token into {TOKEN}, or name the API's own address in {ENDPOINT}"
                 )
             return health
@@ -58,11 +62,19 @@ def connect(namespace: str = "") -> "Client":
             about = {"existing_token": os.environ.get(TOKEN), "ssl_ca_cert": os.environ.get("SSL_CERT_FILE")}
             return Client(host, namespace=namespace, credentials=_mounted_token(), **about)
 
-    client = asked(opened)
-    health = asked(client.get_kfp_healthz)
+    try:
+        client = asked(opened)
+        health = asked(client.get_kfp_healthz)
+    except Missing as error:
+        raise EnvironmentFault(f"{error}; cbd needs v2beta1, Kubeflow Pipelines 2") from None
     if health.multi_user and not client.get_user_namespace():
         raise ConfigError(f"{host}: serves several users, each in a namespace; name yours with --namespace")
     return client
+
+
+def _address() -> str:
+    """Where the server is; empty if nothing says it."""
+    return os.environ.get(ENDPOINT) or (IN_CLUSTER if "KUBERNETES_SERVICE_HOST" in os.environ else "")
 
 
 def _mounted_token() -> Any | None:
@@ -107,6 +119,16 @@ def created(make: Callable[[], Answer], find: Callable[[], Answer | None]) -> An
     raise ValueError("PAUSES is empty")
 
 
+def listed(ask: Callable[..., Any], things: str, **about: Any) -> Iterator[Any]:
+    """All `things` that a list call of the client gives, page by page; raises what `asked` does."""
+    token = ""
+    while True:
+        page = asked(lambda token=token: ask(page_token=token, page_size=PAGE, **about))  # type: ignore[misc]
+        yield from getattr(page, things) or ()
+        if not (token := page.next_page_token):
+            return
+
+
 def named(name: str) -> str:
     """The filter of list calls for what has this display name."""
     return json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "string_value": name}]})
@@ -123,7 +145,11 @@ def experiment_of(client: "Client", namespace: str) -> str:
 
 def link_to(run_id: str) -> str:
     """The page of a run in the server's user interface."""
-    return f"{(os.environ.get(UI_ENDPOINT) or os.environ.get(ENDPOINT, '')).rstrip('/')}/#/runs/details/{run_id}"
+    return f"{(os.environ.get(UI_ENDPOINT) or _address()).rstrip('/')}/#/runs/details/{run_id}"
+
+
+class Missing(EnvironmentFault):
+    """The server does not have what it is asked for: it was deleted, or the server is of another kind."""
 
 
 class _Passing(Exception):
@@ -150,7 +176,7 @@ def _refusal(status: int, said: str) -> CbdError:
     if status == 403:
         return ConfigError(f"the server does not allow it (403: {said}); is --namespace yours, and may its account do this?")
     if status in (404, 501):
-        return EnvironmentFault(f"the server does not know what it is asked ({status}: {said}); cbd needs v2beta1, Kubeflow Pipelines 2")
+        return Missing(f"the server does not know what it is asked for ({status}: {said})")
     if status == 400:
         return ConfigError(f"the server refuses what it is given (400: {said}); one older than kfp 2.17 may not know all of it")
     return EnvironmentFault(f"the server failed, or its answer cannot be understood ({status}: {said}); look at its log")

@@ -5,15 +5,16 @@ applying it again changes nothing. The server cannot change one, so another is m
 between, something is scheduled, and applying again leaves one.
 """
 
+import contextlib
 import hashlib
 import re
 from typing import TYPE_CHECKING, Any
 
 from cbd.config import Params, canonical_json
 from cbd.errors import ConfigError
-from pipelines.kubeflow import asked, connect, created, experiment_of, named
+from pipelines.kubeflow import Missing, asked, connect, created, experiment_of, listed, named
 from pipelines.launch import Order
-from pipelines.submit import WORKSPACE, Cluster, arguments, compiled
+from pipelines.submit import WORKSPACE, Cluster, arguments, compiled, has_ended
 
 if TYPE_CHECKING:
     from kfp import Client
@@ -23,8 +24,6 @@ MACRO = "[[ScheduledTime]]"
 EVERY = re.compile(r"([1-9][0-9]{0,4})([mhd])")
 SECONDS = {"m": 60, "h": 3600, "d": 86400}
 CRON_FIELD = re.compile(r"[0-9A-Za-z*/,?#-]+")
-ACTIVE = ("PENDING", "RUNNING", "CANCELING", "PAUSED")
-PAGE = 100
 
 
 def schedule(order: Order, params: Params, cluster: Cluster, *, cron: str | None = None, every: str | None = None) -> dict[str, Any]:
@@ -60,8 +59,7 @@ def schedule(order: Order, params: Params, cluster: Cluster, *, cron: str | None
         if kept is None:
             wanted = {"description": mark, "params": given, "enabled": not paused, "service_account": cluster.service_account, **trigger}
             kept = _create(client, experiment, name, wanted | {"pipeline_package_path": str(package)})
-    for found in stale:
-        asked(lambda found=found: client.delete_recurring_run(found.recurring_run_id))  # type: ignore[misc]
+    _delete(client, stale)
     change = "replaced" if stale else "unchanged" if kept in before else "created"
     return {"name": name, "change": change, "when": cron or f"every {every}", "paused": kept.mode == "DISABLE"}
 
@@ -95,8 +93,7 @@ def delete(name: str, *, namespace: str = "") -> dict[str, Any]:
     client = connect(namespace)
     found = _known(client, namespace, name)
     _check_idle(client, experiment_of(client, namespace), found)
-    for one in found:
-        asked(lambda one=one: client.delete_recurring_run(one.recurring_run_id))  # type: ignore[misc]
+    _delete(client, found)
     return {"name": name, "deleted": True}
 
 
@@ -122,19 +119,16 @@ def _create(client: "Client", experiment: str, name: str, wanted: dict[str, Any]
     )
 
 
+def _delete(client: "Client", stale: list[Any]) -> None:
+    for found in stale:
+        with contextlib.suppress(Missing):  # an earlier attempt may have done it, and its answer was lost
+            asked(lambda found=found: client.delete_recurring_run(found.recurring_run_id))  # type: ignore[misc]
+
+
 def _listed(client: "Client", experiment: str, name: str | None = None) -> list[Any]:
-    """All recurring runs of the experiment, page by page."""
-    found, token = [], ""
-    while True:
-        page = asked(
-            lambda token=token: client.list_recurring_runs(  # type: ignore[misc]
-                page_token=token, page_size=PAGE, experiment_id=experiment, filter=named(name) if name else None
-            )
-        )
-        found += page.recurring_runs or []
-        token = page.next_page_token
-        if not token:
-            return found
+    """All recurring runs of the experiment."""
+    about = {"experiment_id": experiment, "filter": named(name) if name else None}
+    return list(listed(client.list_recurring_runs, "recurring_runs", **about))
 
 
 def _find(client: "Client", experiment: str, name: str) -> list[Any]:
@@ -155,9 +149,8 @@ def _check_idle(client: "Client", experiment: str, stale: list[Any]) -> None:
     ids = {found.recurring_run_id for found in stale}
     if not ids:
         return
-    latest = asked(lambda: client.list_runs(page_size=PAGE, sort_by="created_at desc", experiment_id=experiment)).runs or []
-    for run in latest:
-        if run.recurring_run_id in ids and run.state in ACTIVE:
+    for run in listed(client.list_runs, "runs", sort_by="created_at desc", experiment_id=experiment):
+        if run.recurring_run_id in ids and not has_ended(run):
             raise ConfigError(f"{stale[0].display_name}: its run {run.display_name} is going on and would end; pause it, try again later")
 
 

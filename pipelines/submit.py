@@ -18,7 +18,7 @@ from cbd.config import Params
 from cbd.errors import CbdError, ConfigError, EnvironmentFault
 from pipelines import overlays
 from pipelines.compile import check_image, compile_pipeline
-from pipelines.kubeflow import asked, connect, created, experiment_of, link_to, named
+from pipelines.kubeflow import Missing, asked, connect, created, experiment_of, link_to, listed, named
 from pipelines.launch import NAME, Order, check_names, pipeline_arguments
 from pipelines.progress import printable
 
@@ -120,8 +120,13 @@ def compiled(cluster: Cluster, pipeline: str = "retrain", gpus: int = 1) -> Iter
 
 def find_run(client: "Client", experiment: str, run_id: str) -> Any | None:
     """The server's run that has our run id as its name; None if there is none."""
-    listed = asked(lambda: client.list_runs(experiment_id=experiment, filter=named(run_id))).runs or []
-    return next((run for run in listed if run.display_name == run_id), None)
+    runs = listed(client.list_runs, "runs", experiment_id=experiment, filter=named(run_id))
+    return next((run for run in runs if run.display_name == run_id), None)
+
+
+def has_ended(run: Any) -> bool:
+    """Whether the server's run has; a state that this client does not know is an end if it also has a time at which it ended."""
+    return run.state in ENDED or bool(run.finished_at and run.finished_at.year > 1970)
 
 
 def follow(client: "Client", server_id: str) -> Any:
@@ -134,8 +139,7 @@ def follow(client: "Client", server_id: str) -> Any:
             if task.display_name and state != told.get(task.task_id):
                 told[task.task_id] = state
                 print(printable(f"{task.display_name}: {state.lower()}"), file=sys.stderr, flush=True)
-        # A state that this client does not know must not be waited for for ever: an ended run also has a time at which it ended.
-        if run.state in ENDED or (run.finished_at and run.finished_at.year > 1970):
+        if has_ended(run):
             return run
         time.sleep(POLL_SECONDS)
 
@@ -174,6 +178,8 @@ def _started(run_id: str, given: dict[str, Any], cluster: Cluster, pipeline: str
 def _followed(client: "Client", server_id: str, run_id: str) -> Any:
     try:
         return follow(client, server_id)
+    except Missing as error:
+        raise CbdError(f"run {run_id}: {error}; it was deleted, which ends it: submit again with another --run-id") from None
     except CbdError as error:
         raise type(error)(f"{error}; the run goes on, follow it by the same command with --run-id {run_id}") from None
 

@@ -166,9 +166,8 @@ def listed(things: list[dict[str, Any]], name: str, query: dict[str, str], *, fi
         assert predicate["operation"] in (1, "EQUALS") and predicate["key"] == "display_name"
         wanted = [thing for thing in wanted if thing["display_name"] == predicate.get("string_value", predicate.get("stringValue"))]
     start = int(query.get("page_token") or 0)
-    token = str(start + 2) if start + 2 < len(wanted) and name == "recurringRuns" else ""
-    page = wanted[start : start + 2] if name == "recurringRuns" else wanted
-    return {name: [shown(thing) for thing in page], "next_page_token": token}
+    token = str(start + 2) if start + 2 < len(wanted) else ""
+    return {name: [shown(thing) for thing in wanted[start : start + 2]], "next_page_token": token}
 
 
 def moved_on(held: Server, run: dict[str, Any]) -> dict[str, Any]:

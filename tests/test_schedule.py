@@ -26,11 +26,12 @@ def apply(*, name: str = "model", image: str = IMAGE, **when: str) -> dict[str, 
     return schedule.schedule(order, load(params_path=None, preset=None), Cluster(image, "onprem"), **(when or {"every": "12h"}))
 
 
-def run_of(server: Server, state: str) -> None:
-    """A run that the server's first schedule has started."""
+def run_of(server: Server, state: str | None) -> None:
+    """A run that the server's first schedule has started, behind three others that are going on."""
     made = {"run_id": "r1", "display_name": "Run of retrain-model", "state": state, "created_at": "2026-11-28T00:00:00Z"}
     known = {name: server.recurring[0][name] for name in ("recurring_run_id", "experiment_id")}
-    server.runs.append(made | known)
+    others = [made | known | {"run_id": f"other-{number}", "recurring_run_id": None, "state": "RUNNING"} for number in range(3)]
+    server.runs += [*others, made | known]
 
 
 def test_a_schedule_runs_one_at_a_time_and_makes_up_for_nothing(server: Server) -> None:
@@ -112,6 +113,14 @@ def test_a_schedule_whose_creation_was_answered_with_a_failure_is_made_once(serv
     assert [made["mode"] for made in server.recurring] == ["ENABLE"]
 
 
+def test_a_deletion_whose_answer_was_lost_has_happened(server: Server) -> None:
+    apply()
+    server.faults = [Fault("DELETE", "recurringruns", 503, too_late=True)]
+    assert apply(every="6h")["change"] == "replaced"
+    server.faults = [Fault("DELETE", "recurringruns", 503, too_late=True)]
+    assert schedule.delete("retrain-model")["deleted"] and server.recurring == []
+
+
 def test_a_server_lost_while_one_is_replaced_leaves_something_scheduled_and_the_next_time_leaves_one(server: Server) -> None:
     apply()
     server.faults = [Fault("DELETE", "recurringruns", 403)]
@@ -122,15 +131,15 @@ def test_a_server_lost_while_one_is_replaced_leaves_something_scheduled_and_the_
     assert [(made["mode"], made["trigger"]["periodic_schedule"]["interval_second"]) for made in server.recurring] == [("ENABLE", 21600)]
 
 
-@pytest.mark.parametrize("state", ["PENDING", "RUNNING"])
-def test_a_run_that_is_going_on_is_not_ended_by_replacing_or_deleting_its_schedule(server: Server, state: str) -> None:
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", None, "RUNTIME_STATE_UNSPECIFIED", "OF_A_NEWER_SERVER"])
+def test_a_run_that_is_going_on_is_not_ended_by_replacing_or_deleting_its_schedule(server: Server, state: str | None) -> None:
     apply()
     run_of(server, state)
     for change in (lambda: apply(every="6h"), lambda: schedule.delete("retrain-model")):
         with pytest.raises(ConfigError, match="is going on and would end"):
             change()
     assert len(server.recurring) == 1 and apply()["change"] == "unchanged"
-    server.runs[0]["state"] = "SUCCEEDED"
+    server.runs[-1]["state"] = "SUCCEEDED"
     assert schedule.delete("retrain-model") == {"name": "retrain-model", "deleted": True} and server.recurring == []
 
 

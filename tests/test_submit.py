@@ -10,8 +10,9 @@ from command import cbd
 from kfp_server import Fault, Server
 
 from cbd.errors import CbdError, ConfigError, EnvironmentFault
-from components.tracking_runs import close_run
-from pipelines import submit
+from components.tracking_runs import close_run, log_run
+from components.tracking_store import client
+from pipelines import kubeflow, submit
 from pipelines.launch import Order
 from pipelines.options import load
 from pipelines.submit import Cluster
@@ -70,6 +71,19 @@ def test_a_run_is_followed_to_its_verdict_and_its_links_are_told(
     assert f"run: {server.address}/#/runs/details/{server.runs[0]['run_id']}" in err
     assert "ingest-step: pending" in err and "ingest-step: running" in err and "ingest-step: succeeded" in err
     assert "/artifacts/report.html" in out
+
+
+def test_the_verdict_is_found_where_the_server_presets_a_tracking_run_for_every_task(
+    tracked: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CBD_IMAGE", IMAGE)
+    with client(tmp_path) as mlflow:
+        tasks = [mlflow.create_run("0").info.run_id for _ in range(2)]
+    monkeypatch.setenv("MLFLOW_RUN_ID", tasks[0])
+    log_run(tmp_path, "first", params={"seed": 0})
+    monkeypatch.setenv("MLFLOW_RUN_ID", tasks[1])
+    tracked()
+    assert send()["verdict"] == "PASS"
 
 
 @pytest.mark.parametrize(("verdict", "code"), [("REVIEW", 10), ("BLOCK", 11), ("INCONCLUSIVE", 12), ("INVALID", 13)])
@@ -141,6 +155,17 @@ def test_without_a_tracking_server_nothing_is_started_that_could_not_be_told(ser
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI is not set"):
         send()
     assert server.asked == []
+
+
+def test_in_a_cluster_the_server_is_where_kubeflow_pipelines_puts_it(
+    server: Server, tracked: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracked()
+    assert kubeflow.IN_CLUSTER == "http://ml-pipeline.kubeflow:8888"
+    monkeypatch.setattr(kubeflow, "IN_CLUSTER", server.address)
+    monkeypatch.delenv("KF_PIPELINES_ENDPOINT")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert send()["run"].startswith(f"{server.address}/#/runs/details/")
 
 
 def test_without_an_address_nobody_is_asked(tracked: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,6 +275,14 @@ def test_a_verdict_beside_an_alarm_is_none(tracked: Callable[..., None]) -> None
     tracked(alarms=["The verdict is BLOCK, but promote ran."])
     with pytest.raises(CbdError, match="promote ran"):
         send()
+
+
+def test_a_run_that_is_deleted_while_it_is_followed_is_told_as_that(server: Server, tracked: Callable[..., None]) -> None:
+    missing = b'{"error": "ResourceNotFoundError: Run x not found.", "code": 5, "message": "Run x not found."}'
+    server.faults = [Fault("GET", "runs/", 404, body=missing)]
+    with pytest.raises(CbdError, match=r"run first: .* \(404: Run x not found.\); it was deleted, which ends it") as told:
+        send()
+    assert "goes on" not in str(told.value) and "v2beta1" not in str(told.value)
 
 
 def test_losing_the_server_says_how_to_follow_on(server: Server, tracked: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

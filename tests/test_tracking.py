@@ -15,6 +15,7 @@ import pytest
 
 from cbd.errors import ConfigError, EnvironmentFault
 from components import tracking_store
+from components.attestation import IMAGE
 from components.tracking import LiveCurves, check_reachable, close_run, log_run, open_run, tracking_uri
 from components.tracking_runs import flatten
 from components.tracking_store import OutOfReach, client, made, make_store, shown
@@ -126,6 +127,15 @@ def test_a_run_is_found_again_by_our_id(workspace: Path, monkeypatch: pytest.Mon
     assert open_run(workspace, "run-3") == first
     with client(workspace) as mlflow:
         assert mlflow.get_run(first).data.tags["cbd.run_id"] == "run-3"
+
+
+def test_on_a_cluster_a_run_is_one_although_the_server_presets_one_for_every_task(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(IMAGE, "registry.example/cbd@sha256:" + "0" * 64)
+    found = set()
+    for task in ("of-the-training", "of-the-report"):  # runs of another server, as far as we know
+        monkeypatch.setenv("MLFLOW_RUN_ID", task)
+        found.add(open_run(workspace, "run-1"))
+    assert len(found) == 1
 
 
 def test_a_hostile_run_id_finds_no_other_run(workspace: Path) -> None:
