@@ -30,6 +30,9 @@ BUCKET = "CBD_LOG_HEADS"
 NOTES = "refs/notes/cbd-heads"
 """Git notes of the data registry, a ref for each log: refs/notes/cbd-heads/<first 12 of the first line's hash>."""
 
+_AS_THEY_ARE = ("--patch", "--text", "--no-textconv", "--no-ext-diff", "--no-color")
+"""How git shows what was added, whatever attributes of the files say."""
+
 
 def close_log(workspace: Path) -> Head:
     """A new signed head of the log, kept beside it and, where there is one, in the data registry's git history, at its origin,
@@ -74,7 +77,7 @@ def read_anchors(workspace: Path) -> Iterator[tuple[str, list[Head]]]:
             _follow(registry, ref)
         # every text that was ever added to the notes, so that one which was taken out again still counts
         known = git(registry, "for-each-ref", ref)
-        history = git(registry, "log", "--format=", "--patch", "--unified=0", "--no-color", ref, "--") if known else ""
+        history = git(registry, "log", "--format=", *_AS_THEY_ARE, "--unified=0", ref, "--") if known else ""
         texts = {line[1:] for line in history.splitlines() if line.startswith("+") and not line.startswith("+++") and line != "+"}
         yield place, [parse_head(text.encode(), told=place) for text in sorted(texts)]
     if (file := sqlite_file(tracking_uri(workspace))) and file.is_file():
