@@ -26,6 +26,8 @@ _OURS = {
 _PASSED = ("GIT_SSH_COMMAND", "GIT_ASKPASS", "GIT_SSL_CAINFO")
 """How git reaches an origin: of the user's environment only these count."""
 ORIGIN = "CBD_REGISTRY_GIT"
+ATTEMPTS = 5
+"""At publishing, if others publish at the same time."""
 
 
 def git(registry: Path, *arguments: str) -> str:

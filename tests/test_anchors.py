@@ -16,6 +16,7 @@ from cbd.config import canonical_json
 from cbd.errors import ConfigError, DataError, EnvironmentFault
 from cbd.heads import HEADS, read_heads
 from cbd.log_store import open_log
+from components import anchors
 from components.anchors import BUCKET, TAG, close_log, read_anchors, told
 from components.git import ORIGIN, git
 from components.inventory import INVENTORY, check_inventory, take_inventory
@@ -173,8 +174,54 @@ def test_the_origin_gets_every_head_and_one_of_another_history_is_refused(worksp
     git(before / "registry", "update-ref", ref, f"{ref}~1")
     git(before / "registry", "notes", f"--ref={ref}", "append", "--message=" + told(read_heads(open_log(before))[0]), "HEAD")
     append(before, "event", {"number": 3})
-    with pytest.raises(DataError, match="origin holds heads of another history"):
+    with pytest.raises(DataError, match="the origin of .*registry: the head of .* over 3 lines is of another history than the log"):
         close_log(before)
+
+
+@pytest.fixture
+def other(workspace: Path, origin: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Another workspace that writes the same log and has the same origin."""
+    close_log(workspace)
+    other = workspace.with_name("other")
+    shutil.copytree(workspace, other)
+    for name in (LOG, HEADS):
+        (other / name).unlink()
+        (other / name).symlink_to(workspace / name)
+    return other
+
+
+def test_of_two_workspaces_that_close_one_log_at_once_both_have_their_heads_at_the_origin(
+    workspace: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one pushes between this one's fetch and push."""
+    add, told_of = anchors._add, []
+
+    def overtaken(registry: Path, ref: str, text: str) -> None:
+        add(registry, ref, text)
+        if not told_of:
+            told_of.append("other")
+            append(other, "event", {"of": "other"})
+            close_log(other)
+
+    monkeypatch.setattr(anchors, "_add", overtaken)
+    append(workspace, "event", {"of": "this"})
+    close_log(workspace)
+    for place in (workspace, other):
+        assert anchored(place)["git notes"] == [2, 3, 4]
+
+
+def test_a_head_that_was_not_published_before_a_kill_is_published_on_top_of_the_others(
+    workspace: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr(anchors, "_publish", lambda *_: None)
+        append(workspace, "event", {})
+        close_log(workspace)
+    append(other, "event", {})
+    close_log(other)
+    append(workspace, "event", {})
+    close_log(workspace)
+    assert anchored(other)["git notes"] == [2, 3, 4, 5]
 
 
 def test_an_origin_out_of_reach_is_told(workspace: Path, origin: Path) -> None:
