@@ -17,6 +17,7 @@ from cbd.config import canonical_json
 from cbd.errors import ConfigError, DataError, EnvironmentFault
 from cbd.files import disk_fault, locked
 from cbd.heads import Head, Matching, head_name, parse_head, read_heads, sign_head
+from cbd.keys import PrivateKey
 from cbd.log_store import open_log
 from components.git import ATTEMPTS, git, origin
 from components.tracking_store import sqlite_file, tracking_uri
@@ -35,15 +36,15 @@ _AS_THEY_ARE = ("--patch", "--text", "--no-textconv", "--no-ext-diff", "--no-col
 """How git shows what was added, whatever attributes of the files say."""
 
 
-def close_log(workspace: Path) -> Head:
+def close_log(workspace: Path, key: PrivateKey | None = None) -> Head:
     """A new signed head of the log, kept beside it and, where there is one, in the data registry's git history, at its origin,
-    and in the bucket that `CBD_LOG_HEADS` names.
+    and in the bucket that `CBD_LOG_HEADS` names; signed by `key` as `sign_head` says.
 
     Raises:
         DataError: the log contradicts its last head, or the origin holds heads of another history of it.
         EnvironmentFault: the disk is full, or the origin is out of reach.
     """
-    head = sign_head(workspace)
+    head = sign_head(workspace, key)
     registry = workspace / "registry"
     if (registry / ".git").is_dir() and git(registry, "for-each-ref", "refs/heads/main"):
         with _registry_lock(workspace):
