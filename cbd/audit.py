@@ -174,8 +174,8 @@ def parse_line(text: bytes) -> Entry:
     return entry
 
 
-def last_entry(workspace: Path, log: LogStore, text: bytes | None) -> tuple[Entry | None, PrivateKey]:
-    """The entry in the last line of the log, and the key that signs after it.
+def last_entry(workspace: Path, log: LogStore, text: bytes | None, key: PrivateKey | None = None) -> tuple[Entry | None, PrivateKey]:
+    """The entry in the last line of the log, and the key that signs after it: `key`, by default the workspace's.
 
     Raises:
         DataError: it was edited, the key is missing, or another one signs after it.
@@ -183,7 +183,7 @@ def last_entry(workspace: Path, log: LogStore, text: bytes | None) -> tuple[Entr
     try:
         last = parse_line(text) if text else None
         _finish_rotation(workspace, last)
-        key = ensure_key(workspace)
+        key = key or ensure_key(workspace)
         if last and not _signs_after(last, key.public_key()):
             told = key_id(key.public_key())[:12]
             raise DataError(f"{log}: key {told} does not sign after the last line, another did; see which with: cbd keys list")

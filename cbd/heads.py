@@ -11,7 +11,7 @@ from typing import Any
 from cbd.audit import Entry, Line, last_entry, now, walk_lines
 from cbd.config import canonical_json, parse_canonical
 from cbd.errors import DataError
-from cbd.keys import PublicKey, key_id, load_public_key, sign, verify
+from cbd.keys import PrivateKey, PublicKey, key_id, load_public_key, sign, verify
 from cbd.log_store import HEADS as HEADS
 from cbd.log_store import End, LogStore, open_log
 from cbd.merkle import Growing, leaf_hash
@@ -80,8 +80,10 @@ class Matching:
             raise DataError(f"{about} is of another history than the log: one of the two was forked or rewritten; restore both from a copy")
 
 
-def sign_head(workspace: Path) -> Head:
+def sign_head(workspace: Path, key: PrivateKey | None = None) -> Head:
     """The signed head of the whole log, also added to the workspace's heads, after checking that the log extends the head before.
+
+    It is signed by `key`, to which the log may just have been handed over, by default by the workspace's.
 
     Raises:
         DataError: there is no log, or it was cut, forked or rewritten since the head before.
@@ -92,7 +94,7 @@ def sign_head(workspace: Path) -> Head:
         raise DataError(f"{log}: no log to sign a head of; give the workspace of the runs")
     before = read_heads(log, newest=True)  # first, so that it is over no more lines than are there afterwards
     with log.ending() as end:
-        _, key = last_entry(workspace, log, end.last)
+        _, key = last_entry(workspace, log, end.last, key)
         tree = _grow(log, end, before)
         head = {"schema_version": 1, "size": tree.size, "root": tree.root().hex(), "time": now(), "key_id": key_id(key.public_key())}
         head["signature"] = sign(_signed(head), key)

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cbd.audit import walk_lines
 from cbd.config import canonical_json
-from cbd.errors import ConfigError, DataError
+from cbd.errors import ConfigError, DataError, EnvironmentFault
 from cbd.files import disk_fault, locked
-from cbd.heads import Head, head_name, parse_head, read_heads, sign_head
+from cbd.heads import Head, Matching, head_name, parse_head, read_heads, sign_head
+from cbd.keys import PrivateKey
 from cbd.log_store import open_log
-from components.git import git, origin
+from components.git import ATTEMPTS, git, origin
 from components.tracking_store import sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
@@ -30,24 +32,26 @@ BUCKET = "CBD_LOG_HEADS"
 NOTES = "refs/notes/cbd-heads"
 """Git notes of the data registry, a ref for each log: refs/notes/cbd-heads/<first 12 of the first line's hash>."""
 
+_AS_THEY_ARE = ("--patch", "--text", "--no-textconv", "--no-ext-diff", "--no-color")
+"""How git shows what was added, whatever attributes of the files say."""
 
-def close_log(workspace: Path) -> Head:
+
+def close_log(workspace: Path, key: PrivateKey | None = None) -> Head:
     """A new signed head of the log, kept beside it and, where there is one, in the data registry's git history, at its origin,
-    and in the bucket that `CBD_LOG_HEADS` names.
+    and in the bucket that `CBD_LOG_HEADS` names; signed by `key` as `sign_head` says.
 
     Raises:
         DataError: the log contradicts its last head, or the origin holds heads of another history of it.
         EnvironmentFault: the disk is full, or the origin is out of reach.
     """
-    head = sign_head(workspace)
+    head = sign_head(workspace, key)
     registry = workspace / "registry"
     if (registry / ".git").is_dir() and git(registry, "for-each-ref", "refs/heads/main"):
         with _registry_lock(workspace):
             ref = _notes_ref(workspace)
-            _follow(registry, ref)
-            git(registry, "notes", f"--ref={ref}", "append", f"--message={told(head)}", "HEAD")
-            if origin():
-                git(registry, "push", "--quiet", "origin", ref)
+            _follow(workspace, ref)
+            _add(registry, ref, told(head))
+            _publish(workspace, ref)
     if bucket := _bucket():
         bucket.put_once(head_name(head), told(head).encode())
     return head
@@ -71,12 +75,8 @@ def read_anchors(workspace: Path) -> Iterator[tuple[str, list[Head]]]:
     if (registry / ".git").is_dir() and log.exists():
         place, ref = f"git notes of {registry}", _notes_ref(workspace)
         with _registry_lock(workspace):
-            _follow(registry, ref)
-        # every text that was ever added to the notes, so that one which was taken out again still counts
-        known = git(registry, "for-each-ref", ref)
-        history = git(registry, "log", "--format=", "--patch", "--unified=0", "--no-color", ref, "--") if known else ""
-        texts = {line[1:] for line in history.splitlines() if line.startswith("+") and not line.startswith("+++") and line != "+"}
-        yield place, [parse_head(text.encode(), told=place) for text in sorted(texts)]
+            _follow(workspace, ref)
+        yield place, [parse_head(text.encode(), told=place) for text in _added(registry, ref)]
     if (file := sqlite_file(tracking_uri(workspace))) and file.is_file():
         place = f"tags of the runs in {file}"
         yield place, [parse_head(text.encode(), told=place) for text in _tags(file)]
@@ -119,19 +119,58 @@ def _log_id(workspace: Path) -> str:
         raise DataError(f"{log}: line 1 is no log entry: it was edited; restore the log from a copy") from None
 
 
-def _follow(registry: Path, ref: str) -> None:
-    """Brings the heads that the origin has, if there is one; it never replaces ours by others."""
-    if not origin():
+def _add(registry: Path, ref: str, text: str) -> None:
+    git(registry, "notes", f"--ref={ref}", "append", f"--message={text}", "HEAD")
+
+
+def _added(registry: Path, ref: str) -> list[str]:
+    """Every text that was ever added to the notes, so that one which was taken out again still counts."""
+    if not git(registry, "for-each-ref", ref):
+        return []
+    history = git(registry, "log", "--format=", *_AS_THEY_ARE, "--unified=0", ref, "--").splitlines()
+    return sorted({line[1:] for line in history if line.startswith("+") and not line.startswith("+++") and line != "+"})
+
+
+def _publish(workspace: Path, ref: str) -> None:
+    """Pushes the heads to the origin, if there is one; where others were faster, on top of theirs."""
+    if not (url := origin()):
         return
-    theirs = ref.replace(NOTES, f"{NOTES}-of-origin")
-    git(registry, "fetch", "--quiet", str(origin()), f"+{NOTES}/*:{NOTES}-of-origin/*")
+    for _ in range(ATTEMPTS):
+        try:
+            git(workspace / "registry", "push", "--quiet", "--", url, ref)
+            return
+        except EnvironmentFault:
+            if not _follow(workspace, ref):
+                raise
+    raise EnvironmentFault(f"{workspace / 'registry'}: others keep publishing heads to its origin; run again")
+
+
+def _follow(workspace: Path, ref: str) -> bool:
+    """Whether the origin, if there is one, had heads that were not here: now they are, and ours that it has not are added to them."""
+    if not (url := origin()):
+        return False
+    registry, theirs = workspace / "registry", ref.replace(NOTES, f"{NOTES}-of-origin")
+    git(registry, "fetch", "--quiet", "--", url, f"+{NOTES}/*:{NOTES}-of-origin/*")
     known = {name for name in (ref, theirs) if git(registry, "for-each-ref", name)}
-    if theirs not in known:
-        return
-    if ref not in known or git(registry, "rev-list", "--count", f"{theirs}..{ref}") == "0":
-        git(registry, "update-ref", ref, theirs)
-    elif git(registry, "rev-list", "--count", f"{ref}..{theirs}") != "0":
-        raise DataError(f"{registry}: its origin holds heads of another history of this log; restore the log and the registry from a copy")
+    if theirs not in known or (ref in known and git(registry, "rev-list", "--count", f"{ref}..{theirs}") == "0"):
+        return False
+    own: set[str] = set()
+    if ref in known and git(registry, "rev-list", "--count", f"{theirs}..{ref}") != "0":
+        _check_history(workspace, theirs)
+        own = set(_added(registry, ref)) - set(_added(registry, theirs))
+    git(registry, "update-ref", ref, theirs)
+    for text in sorted(own):
+        _add(registry, ref, text)
+    return True
+
+
+def _check_history(workspace: Path, theirs: str) -> None:
+    """Raises DataError where the origin's heads are not of this log: two that wrote it have heads of one history."""
+    place = f"the origin of {workspace / 'registry'}"
+    matching = Matching((place, parse_head(text.encode(), told=place)) for text in _added(workspace / "registry", theirs))
+    for line in walk_lines(open_log(workspace), key=None):
+        matching.add(line)
+    matching.finish()
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from cbd.measurements import read_evaluation
 from cbd.scan_record import read_scan
 from components.bom import bill
 from components.decision import read_decision, read_object
-from components.git import git
+from components.git import commit_of
 
 ATTESTATIONS = "attestations"
 IMAGE = "CBD_IMAGE"
@@ -135,7 +135,7 @@ def _commit() -> str | None:
     if not (_ROOT / ".git").exists():
         return None
     try:
-        return git(_ROOT, "rev-parse", "HEAD")
+        return commit_of(_ROOT)
     except EnvironmentFault:
         return None
 

@@ -1,11 +1,11 @@
 """git, run without the user's configuration, hooks and environment, and the origin that a repository may share with others."""
 
+import functools
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
 
-from cbd.errors import EnvironmentFault
+from cbd.errors import DataError, EnvironmentFault
 
 _IDENTITY = {
     "GIT_AUTHOR_NAME": "cbd",
@@ -15,24 +15,69 @@ _IDENTITY = {
 }
 _PLAIN = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0"}
 
+_FLAGS = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "core.quotePath=false")
+
+_OURS = {
+    *(f"core.{name}" for name in ("repositoryformatversion", "filemode", "bare", "logallrefupdates", "ignorecase", "symlinks")),
+    *("core.precomposeunicode", "remote.origin.url", "remote.origin.fetch"),
+}
+"""What `git init` and `git remote add` set. Many of the others name a program: core.fsmonitor, filter.*, diff.*.textconv."""
+
 _PASSED = ("GIT_SSH_COMMAND", "GIT_ASKPASS", "GIT_SSL_CAINFO")
 """How git reaches an origin: of the user's environment only these count."""
 ORIGIN = "CBD_REGISTRY_GIT"
+ATTEMPTS = 5
+"""At publishing, if others publish at the same time."""
 
 
-def git(folder: Path, *arguments: str) -> str:
-    """What git prints, run in the folder without the user's configuration, hooks or environment."""
-    plain: dict[str, Any] = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or name in _PASSED}
-    command = ["git", "-C", str(folder), "-c", "core.hooksPath=/dev/null", "-c", "core.quotePath=false", *arguments]
+def git(registry: Path, *arguments: str) -> str:
+    """What git prints, run in the repository at `registry` and in none above it, without the user's configuration, hooks or environment.
+
+    Whoever may write to the repository must not run programs here by that: its own configuration is read first.
+
+    Raises:
+        DataError: the repository's own configuration has another setting than cbd's.
+        EnvironmentFault: git is not installed, or says no.
+    """
+    _check_settings(registry / ".git")
+    return _run(registry, *arguments, GIT_DIR=".git", GIT_COMMON_DIR=".git")
+
+
+def commit_of(code: Path) -> str:
+    """The commit that the working tree of a program has, whose settings are its developer's; raises EnvironmentFault if there is none."""
+    return _run(code, "rev-parse", "HEAD")
+
+
+def _check_settings(place: Path) -> None:
+    config = place / "config"
+    if place.exists() and not place.is_dir():
+        raise DataError(f"{place}: expected the repository's folder, found a file that leads elsewhere; restore the registry from a copy")
+    if foreign := sorted(_settings(place.parent, config.read_bytes()) - _OURS) if config.is_file() else []:
+        raise DataError(
+            f"{config}: sets {foreign[0]}, which cbd does not, and which may run a program here; expected only what git init "
+            f"writes; ask who added it, then: git config --file {config} --unset-all {foreign[0]}"
+        )
+
+
+@functools.cache
+def _settings(folder: Path, config: bytes) -> frozenset[str]:
+    """Names of all that a configuration file sets, as git itself reads it."""
+    names = _run(folder, "config", "--file", "-", "--no-includes", "--list", "--name-only", "-z", given=config, GIT_DIR=os.devnull)
+    return frozenset(name for name in names.split("\0") if name)
+
+
+def _run(folder: Path, *arguments: str, given: bytes = b"", **environment: str) -> str:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or name in _PASSED}
+    command = ["git", "-C", str(folder), *_FLAGS, *arguments]
     try:
-        done = subprocess.run(command, env=plain | _IDENTITY | _PLAIN, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=plain | _IDENTITY | _PLAIN | environment, input=given, capture_output=True, check=True)
     except FileNotFoundError:
         raise EnvironmentFault("git is not installed; the data registry needs it: install git") from None
     except subprocess.CalledProcessError as error:
-        text = " ".join((error.stderr or error.stdout).split())
+        text = " ".join((error.stderr or error.stdout).decode(errors="replace").split())
         text = (text.replace(url, "the origin") if (url := origin()) else text)[:160]  # it may hold a token
         raise EnvironmentFault(f"{folder}: git {arguments[0]} failed: {text}; mend or remove the registry") from None
-    return done.stdout.strip()
+    return done.stdout.decode(errors="replace").strip()
 
 
 def origin() -> str | None:

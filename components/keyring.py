@@ -40,6 +40,7 @@ def rotate_key(workspace: Path, *, to: Path | str | None, reason: str, by: str) 
     Raises:
         ConfigError: no reason is given, or no key for a log that several workspaces write.
         DataError: the log was altered, or the new key signed here already.
+        EnvironmentFault: a place where heads are kept is out of reach; the new key signs from now on all the same.
     """
     if not reason.strip():
         raise ConfigError("--reason: expected why, found nothing; it stands in the audit log")
@@ -50,8 +51,7 @@ def rotate_key(workspace: Path, *, to: Path | str | None, reason: str, by: str) 
     if (found := key_id(new.public_key())) in known:
         raise DataError(f"{to}: key {found[:12]} signs here or did before, and a revoked key never signs again; give a new one")
     entry = rotate(workspace, new, {"reason": reason, "by": by}, own=to is None)
-    if to is None and is_development(workspace):
-        close_log(workspace)
+    close_log(workspace, new)  # a rotation that no head knows could be cut off again, and the old key go on
     named = str(to) if str(to).startswith(SCHEME) else str(Path(str(to)).resolve())
     following = f"export {ENVIRONMENT}={shlex.quote(named)}" if to else f"unset {ENVIRONMENT}"
     return {"key_id": found, "line": entry["seq"], "time": entry["time"], "development": to is None, "following": following}

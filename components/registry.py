@@ -20,7 +20,7 @@ from cbd.dataset import INFO, DatasetInfo, verify_dataset
 from cbd.errors import DataError, EnvironmentFault
 from cbd.files import disk_fault, replacing, sha256_file, write_json
 from cbd.truth import read_truth
-from components.git import follow, git, origin, publish
+from components.git import ATTEMPTS, follow, git, origin, publish
 from components.places import CONTROL, DELIVERY, SUSPECTS, Place, kind_of, path_of
 from components.shard_store import bring, send, start, told_as_damage
 from components.suspect_list import INFO as LIST
@@ -32,8 +32,6 @@ TRUTH = ".truth"
 Description = DatasetInfo | BundleCard | SuspectList
 _FILES = {CONTROL: CARD, SUSPECTS: LIST}
 """What describes a kind; all others have `dataset.json`."""
-ATTEMPTS = 5
-"""At publishing a version, if others publish at the same time."""
 
 
 class OlderVersion(DataError):

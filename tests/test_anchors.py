@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import sqlite3
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from cbd.config import canonical_json
 from cbd.errors import ConfigError, DataError, EnvironmentFault
 from cbd.heads import HEADS, read_heads
 from cbd.log_store import open_log
+from components import anchors
 from components.anchors import BUCKET, TAG, close_log, read_anchors, told
 from components.git import ORIGIN, git
 from components.inventory import INVENTORY, check_inventory, take_inventory
+from components.registry import versions
+from components.verification import verify_all
 
 pytestmark = pytest.mark.slow
 
@@ -104,6 +108,60 @@ def test_a_note_that_is_no_head_is_named(workspace: Path) -> None:
         list(read_anchors(workspace))
 
 
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """Says that it ran, in the file `ran` beside it."""
+    (tmp_path / "program").write_text(f'#!/bin/sh\necho ran >> {tmp_path / "ran"}\ncat "$1"\n')
+    (tmp_path / "program").chmod(0o755)
+    return tmp_path / "program"
+
+
+def setting(repository: Path, name: str, value: Path | str) -> None:
+    """As somebody does who may write there."""
+    subprocess.run(["git", "config", "--file", str(repository / "config"), name, str(value)], check=True)
+
+
+@pytest.mark.parametrize("name", ["core.fsmonitor", "diff.x.textconv", "filter.x.clean", "remote.origin.uploadpack", "include.path"])
+def test_a_program_that_the_registrys_own_settings_name_is_not_run(workspace: Path, program: Path, name: str) -> None:
+    close_log(workspace)
+    place = workspace / "registry" / ".git"
+    (place / "info").mkdir(exist_ok=True)
+    (place / "info" / "attributes").write_text("* diff=x filter=x\n")
+    setting(place, name, program)
+    for use in (lambda: close_log(workspace), lambda: list(verify_all(workspace)), lambda: versions(workspace)):
+        with pytest.raises(DataError, match=f"config: sets {name}, which cbd does not"):
+            use()
+    assert not (program.parent / "ran").exists()
+
+
+def test_settings_of_a_repository_that_this_one_leads_to_are_not_read(workspace: Path, program: Path) -> None:
+    close_log(workspace)
+    place = workspace / "registry" / ".git"
+    (place / "commondir").write_text(f"{workspace / 'elsewhere'}\n")
+    shutil.copytree(place, workspace / "elsewhere")
+    setting(workspace / "elsewhere", "core.fsmonitor", program)
+    assert list(verify_all(workspace))
+    (place / "commondir").unlink()
+    for around in (workspace / "registry", workspace / ".git"):
+        shutil.copytree(workspace / "elsewhere", around, dirs_exist_ok=True)
+    (place / "HEAD").unlink()
+    with pytest.raises(EnvironmentFault, match="git for-each-ref failed: fatal: not a git repository"):
+        list(verify_all(workspace))
+    shutil.rmtree(place)
+    place.write_text(f"gitdir: {workspace / 'elsewhere'}\n")
+    with pytest.raises(DataError, match="found a file that leads elsewhere"):
+        git(workspace / "registry", "status")
+    assert not (program.parent / "ran").exists()
+
+
+@pytest.mark.parametrize("place", [".git/info/attributes", ".gitattributes"])
+def test_attributes_hide_no_head_in_the_notes(workspace: Path, place: str) -> None:
+    close_log(workspace)
+    (workspace / "registry" / place).parent.mkdir(exist_ok=True)
+    (workspace / "registry" / place).write_text("* binary\n")
+    assert anchored(workspace)["git notes"] == [2]
+
+
 def test_the_origin_gets_every_head_and_one_of_another_history_is_refused(workspace: Path, origin: Path, tmp_path: Path) -> None:
     close_log(workspace)
     before = tmp_path / "before"
@@ -116,8 +174,54 @@ def test_the_origin_gets_every_head_and_one_of_another_history_is_refused(worksp
     git(before / "registry", "update-ref", ref, f"{ref}~1")
     git(before / "registry", "notes", f"--ref={ref}", "append", "--message=" + told(read_heads(open_log(before))[0]), "HEAD")
     append(before, "event", {"number": 3})
-    with pytest.raises(DataError, match="origin holds heads of another history"):
+    with pytest.raises(DataError, match="the origin of .*registry: the head of .* over 3 lines is of another history than the log"):
         close_log(before)
+
+
+@pytest.fixture
+def other(workspace: Path, origin: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Another workspace that writes the same log and has the same origin."""
+    close_log(workspace)
+    other = workspace.with_name("other")
+    shutil.copytree(workspace, other)
+    for name in (LOG, HEADS):
+        (other / name).unlink()
+        (other / name).symlink_to(workspace / name)
+    return other
+
+
+def test_of_two_workspaces_that_close_one_log_at_once_both_have_their_heads_at_the_origin(
+    workspace: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one pushes between this one's fetch and push."""
+    add, told_of = anchors._add, []
+
+    def overtaken(registry: Path, ref: str, text: str) -> None:
+        add(registry, ref, text)
+        if not told_of:
+            told_of.append("other")
+            append(other, "event", {"of": "other"})
+            close_log(other)
+
+    monkeypatch.setattr(anchors, "_add", overtaken)
+    append(workspace, "event", {"of": "this"})
+    close_log(workspace)
+    for place in (workspace, other):
+        assert anchored(place)["git notes"] == [2, 3, 4]
+
+
+def test_a_head_that_was_not_published_before_a_kill_is_published_on_top_of_the_others(
+    workspace: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr(anchors, "_publish", lambda *_: None)
+        append(workspace, "event", {})
+        close_log(workspace)
+    append(other, "event", {})
+    close_log(other)
+    append(workspace, "event", {})
+    close_log(workspace)
+    assert anchored(other)["git notes"] == [2, 3, 4, 5]
 
 
 def test_an_origin_out_of_reach_is_told(workspace: Path, origin: Path) -> None:

@@ -19,6 +19,7 @@ from cbd.heads import read_log, sign_head
 from cbd.keys import ENVIRONMENT, ensure_key, generate_key, is_development, key_id, load_public_key, sign, write_private_key
 from components.decision import read_decision, write_decision
 from components.keyring import list_keys, rotate_key, trust_key, trusted_keys
+from components.verification import verify_all
 
 Make = Callable[..., dict[str, Any]]
 
@@ -84,6 +85,22 @@ def test_a_revoked_key_hands_over_to_nobody(tmp_path: Path) -> None:
     shutil.copyfile(tmp_path / "thief" / LOG, tmp_path / LOG)
     with pytest.raises(DataError, match="not signed by the key of that time|ends under key"):
         read_log(tmp_path)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_rotation_that_was_cut_off_again_is_missed_by_its_head(tmp_path: Path, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever stole the old key undoes its revocation: the log and the public key are as before it."""
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    append(tmp_path, "event", {})
+    sign_head(tmp_path)
+    shutil.copytree(tmp_path, tmp_path / "before")
+    write_private_key(tmp_path / "new.pem", generate_key())
+    rotate(tmp_path, None if own else tmp_path / "new.pem")
+    assert len(list(verify_all(tmp_path))) == 2
+    for name in (LOG, "keys/signing.pub", "keys/signing.pem"):
+        shutil.copy(tmp_path / "before" / name, tmp_path / name)
+    with pytest.raises(DataError, match="over 2 lines, the log has 1: it was cut off"):
+        list(verify_all(tmp_path))
 
 
 def test_a_rotation_from_another_key_than_the_one_that_signed_it_is_refused(workspace: Path) -> None:
