@@ -18,6 +18,10 @@ OF_RUNS = ("delivery", "decision", "register", "override", "closed", "report")
 """Events that are about one run, which their data names by `run_id`."""
 
 
+class Unverified(str):
+    """A sentence that names what was not checked, and proves nothing."""
+
+
 @dataclass(slots=True)
 class Evidence:
     """What a verified log says, as far as files are compared with it; its size does not grow with theirs."""

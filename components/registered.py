@@ -13,15 +13,20 @@ from cbd.keys import PublicKey
 from cbd.model_signature import verify_model
 from cbd.signed_model import DEMANDED
 from components.decision import Signers, check_decision
+from components.logged import Unverified
 from components.standing import Move, holder, lapsed
 from components.tracking_store import sqlite_file, tracking_uri
 
 ARTIFACTS = "mlartifacts"
 """Folder of the workspace in which a store without a server keeps its files."""
+OURS = "WHERE workspace = 'default'"
+"""The rows that MLflow looks at here: what it calls a workspace is not ours, and without a server there is one."""
 
 
 def check_registry(workspace: Path, moves: Sequence[Move], *, signers: Signers, key: PublicKey) -> Iterator[str]:
     """A sentence for each alias, and one for the models: aliases are where the log put them, models are those that it names.
+
+    A model is looked at where MLflow fetches it from; one that is not there, and has no alias, is told as `Unverified`.
 
     Without an SQLite file, where MLflow is a server, the log alone is looked at.
 
@@ -32,7 +37,8 @@ def check_registry(workspace: Path, moves: Sequence[Move], *, signers: Signers, 
         key: what signs now.
 
     Raises:
-        DataError: an alias was moved, stands by an override that is over, or a registered model was altered or exchanged.
+        DataError: an alias was moved, stands by an override that is over, or a registered model was altered or
+            exchanged, or has an alias and is not there.
     """
     names = sorted({str(move["name"]) for move in moves})
     file = sqlite_file(tracking_uri(workspace))
@@ -43,19 +49,22 @@ def check_registry(workspace: Path, moves: Sequence[Move], *, signers: Signers, 
         if names:
             yield "registry: not looked at, MLflow is a server; what is fetched from it is verified each time"
         return
-    rows = _rows(file, "SELECT name, alias, version FROM registered_model_aliases")
+    rows = _rows(file, f"SELECT name, alias, version FROM registered_model_aliases {OURS}")
     aliases = {(name, alias): str(version) for name, alias, version in rows}
     for name in names:
         yield from _check_aliases(file, name, [move for move in moves if move["name"] == name], aliases)
-    sources = {(name, str(version)): source for name, version, source in _rows(file, "SELECT name, version, source FROM model_versions")}
-    checked = 0
-    for move in (move for move in moves if move["event"] == "register"):
-        folder = _local(sources.get((move["name"], str(move["version"]))), workspace)
-        if folder is not None:
+    aliased, found = {(name, version) for (name, _), version in aliases.items()}, _folders(file, workspace)
+    placed = [(move, found.get((move["name"], str(move["version"])), [])) for move in moves if move["event"] == "register"]
+    for move, folders in placed:
+        if not folders and (move["name"], str(move["version"])) in aliased:
+            raise DataError(f"{file}: version {move['version']} of {move['name']} has an alias and names no folder here; restore both")
+        for folder in folders:
             _check_model(move, folder, signers, key)
-            checked += 1
-    if checked:
-        yield f"registry: {checked} registered models, and the decisions beside them, are those that the log names"
+    if num_checked := sum(bool(folders) for _, folders in placed):
+        yield f"registry: {num_checked} registered models, and the decisions beside them, are those that the log names"
+    if gone := [move for move, folders in placed if not folders]:
+        told = f"{len(gone)} registered models without an alias are not there, such as version {gone[0]['version']} of {gone[0]['name']}"
+        yield Unverified(f"registry: NOT VERIFIED: {told}")
 
 
 def _check_aliases(file: Path, name: str, moves: Sequence[Move], aliases: dict[tuple[str, str], str]) -> Iterator[str]:
@@ -96,13 +105,19 @@ def _rows(file: Path, query: str) -> list[tuple[str, ...]]:
             raise DataError(f"{file}: cannot be read as MLflow's store: {error}; restore it from a copy") from None
 
 
-def _local(source: str | None, workspace: Path) -> Path | None:
-    """The folder of a model that lies in files, also where the workspace was moved or copied; None if it lies elsewhere."""
-    parts = urllib.parse.urlsplit(source or "")
-    if not source or parts.scheme not in ("", "file"):
-        return None
-    path = Path(urllib.parse.unquote(parts.path))
+def _folders(file: Path, workspace: Path) -> dict[tuple[str, str], list[Path]]:
+    """By name and version: where MLflow fetches a model from and, if the workspace was moved or copied, where it lies in it."""
+    query = f"SELECT name, version, COALESCE(NULLIF(storage_location, ''), source) FROM model_versions {OURS}"
+    return {(name, str(version)): _local(place, workspace) for name, version, place in _rows(file, query)}
+
+
+def _local(place: object, workspace: Path) -> list[Path]:
+    """The folders on this machine that an address in MLflow's file may mean, as far as they are there."""
+    if not isinstance(place, str) or not place.startswith("file:///"):
+        return []
+    path = Path(urllib.parse.unquote(urllib.parse.urlsplit(place).path))
+    meant = [path]
     if ARTIFACTS in path.parts:
         at = len(path.parts) - path.parts[::-1].index(ARTIFACTS)
-        return workspace.joinpath(ARTIFACTS, *path.parts[at:])
-    return path if path.is_dir() else None
+        meant.append(workspace.joinpath(ARTIFACTS, *path.parts[at:]))
+    return [folder for folder in dict.fromkeys(meant) if folder.is_dir()]

@@ -12,12 +12,9 @@ from cbd.files import sha256_file
 from cbd.keys import PublicKey
 from components.git import git
 from components.logged import Evidence, read_evidence
+from components.logged import Unverified as Unverified
 from components.registered import check_registry
 from components.run_checks import check_run
-
-
-class Unverified(str):
-    """A sentence that names what was not checked, and proves nothing."""
 
 
 def verify_all(workspace: Path, *, trusted: Sequence[PublicKey] = ()) -> Iterator[str]:

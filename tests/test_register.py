@@ -1,7 +1,9 @@
 """The registry follows the signed decision only: every forgery is refused before anything is done."""
 
+import contextlib
 import json
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -24,6 +26,7 @@ from components.registry import fetch
 from components.rollback import rollback
 from components.tracking import champion_bundle, drop_alias, fetch_model, register_bundle, registered_name
 from components.tracking_store import client
+from components.verification import Unverified, verify_all
 
 pytestmark = pytest.mark.slow  # MLflow's store
 
@@ -387,3 +390,53 @@ def test_what_does_not_verify_is_named_where_it_lies_and_not_by_a_temporary_path
     told = str(caught.value)
     assert str(case.bundle) in told or str(case.decision) in told
     assert tempfile.gettempdir() + "/tmp" not in told and "\n" not in told and versions(workspace) == []
+
+
+def changed(workspace: Path, statement: str, *values: str) -> None:
+    """Changes MLflow's file by hand."""
+    with contextlib.closing(sqlite3.connect(workspace / "mlflow.db")) as store, store:
+        store.execute(statement, values)
+
+
+def test_the_audit_looks_at_a_model_where_mlflow_fetches_it_from(workspace: Path, make_evaluation: Make) -> None:
+    enter(decided(workspace, make_evaluation), "promote")
+    assert any("registry: 1 registered models" in sentence for sentence in verify_all(workspace))
+    inside = stored(workspace).relative_to(workspace)
+    for other in (workspace / "other", workspace / "elsewhere" / inside):
+        shutil.copytree(workspace / inside, other)
+        changed(workspace, "UPDATE model_versions SET storage_location = ?", other.as_uri())
+        assert list(verify_all(workspace)), "the same model, and the same decision"
+        weights = other / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+        with pytest.raises(DataError, match=f"{other}.*: altered"):
+            list(verify_all(workspace))
+
+
+@pytest.mark.parametrize("place", ["s3://evil/model", "file:///nowhere", "file://[x/y", "file:///a%00b/mlartifacts/%00", ""])
+def test_a_model_behind_an_alias_that_lies_nowhere_here_is_refused(workspace: Path, make_evaluation: Make, place: str) -> None:
+    enter(decided(workspace, make_evaluation), "promote")
+    changed(workspace, "UPDATE model_versions SET source = ?, storage_location = ?", place, place)
+    with pytest.raises(DataError, match="mlflow.db: version 1 of model-.* has an alias and names no folder here"):
+        list(verify_all(workspace))
+
+
+def test_a_version_that_was_removed_is_refused_behind_an_alias_and_told_otherwise(workspace: Path, make_evaluation: Make) -> None:
+    for number, turned in ((1, WORKS), (2, {})):
+        case = decided(workspace, make_evaluation, run_id=f"run-{number}", weight=float(number), turned=turned)
+        enter(case, "record" if turned else "promote")
+    changed(workspace, "DELETE FROM model_versions WHERE version = 1")
+    told = [sentence for sentence in verify_all(workspace) if isinstance(sentence, Unverified) and sentence.startswith("registry")]
+    name = registered_name("model", CLASSES)
+    assert told == [f"registry: NOT VERIFIED: 1 registered models without an alias are not there, such as version 1 of {name}"]
+    changed(workspace, "DELETE FROM model_versions")
+    with pytest.raises(DataError, match="version 2 of .* has an alias and names no folder here"):
+        list(verify_all(workspace))
+
+
+def test_a_row_of_another_mlflow_workspace_hides_no_alias_that_was_moved(workspace: Path, make_evaluation: Make) -> None:
+    enter(decided(workspace, make_evaluation), "promote")
+    enter(decided(workspace, make_evaluation, run_id="run-2", weight=2.0), "promote")
+    changed(workspace, "UPDATE registered_model_aliases SET version = 1")
+    changed(workspace, "INSERT INTO registered_model_aliases SELECT alias, 2, name, 'zzz' FROM registered_model_aliases")
+    with pytest.raises(DataError, match="the alias was moved"):
+        list(verify_all(workspace))
