@@ -174,6 +174,18 @@ def test_on_a_cluster_a_step_gets_the_secrets_that_it_uses_and_no_others(on_clus
     assert granted == GRANTED
 
 
+def test_the_docs_tell_the_secrets_of_each_step() -> None:
+    lines = (Path(__file__).parent.parent / "docs" / "submit.md").read_text().splitlines()
+    start = lines.index(f"| steps | `{KEY}` | `{TRACKING}` | `{STORE}` |")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 : lines.index("", start)]]
+    told = {
+        step: {name for name, cell in zip((KEY, TRACKING, STORE), row[1:], strict=True) if cell}
+        for row in rows
+        for step in row[0].split(", ")
+    }
+    assert told | {"refuse": told["decide"]} == GRANTED
+
+
 def test_no_parameter_could_hold_a_secret(spec: dict[str, Any]) -> None:
     known = {name for component in spec["components"].values() for name in component.get("inputDefinitions", {}).get("parameters", {})}
     known |= set(spec["root"]["inputDefinitions"]["parameters"])
