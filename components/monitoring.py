@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 OUTCOMES = (*VERDICTS, "NOTHING_NEW", "FAILED")
 """What a run can come to; FAILED: it stopped before a verdict, or what ran contradicts it."""
+LASTING = tuple(outcome for outcome in OUTCOMES if outcome != "NOTHING_NEW")
+"""Those that hold until another of them: that nothing new was delivered mends no BLOCK."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,13 @@ class LastRuns:
         ended = GaugeMetricFamily("cbd_run_ended_timestamp_seconds", "When the newest run of this outcome ended.", labels=["outcome"])
         for outcome, time in {run.outcome: run.time for run in runs}.items():
             ended.add_metric([outcome], time)
-        last = GaugeMetricFamily("cbd_last_run_outcome", "1 for the outcome of the newest run, 0 for all others.", labels=["outcome"])
+        last = GaugeMetricFamily(
+            "cbd_last_run_outcome", "1 for the outcome of the newest run that found something new, 0 for all others.", labels=["outcome"]
+        )
         accuracy = GaugeMetricFamily("cbd_last_run_clean_accuracy", "Fraction of the trusted images that its model gets right.")
         attacks = GaugeMetricFamily("cbd_last_run_attack_success_rate", "Fraction that a trigger turns to its target.", labels=["trigger"])
-        for run in runs[-1:]:
-            for outcome in OUTCOMES:
+        for run in [run for run in runs if run.outcome in LASTING][-1:]:
+            for outcome in LASTING:
                 last.add_metric([outcome], float(outcome == run.outcome))
             if run.clean_accuracy is not None:
                 accuracy.add_metric([], run.clean_accuracy)

@@ -11,7 +11,7 @@ from cbd.errors import ConfigError, EnvironmentFault
 from cbd.training import best_device
 from components import STEPS
 from components.records import IMAGE
-from pipelines.compile import PIPELINES, compile_pipeline, compiled_text, golden
+from pipelines.compile import PIPELINES, WHOLE, compile_pipeline, compiled_text, golden
 from pipelines.overlays import KEY, NEEDS_GPU, OVERLAYS, RETRIES, SIGNING_KEY, STORE, TRACKING
 
 PINNED = "registry.example/cbd@sha256:" + "0123456789abcdef" * 4
@@ -41,9 +41,6 @@ def test_the_golden_file_is_what_the_pipeline_compiles_to(text: str) -> None:
 
 def test_the_red_teams_golden_files_are_what_it_compiles_to() -> None:
     assert compiled_text(None, "redteam") == golden("redteam").read_text(), "it has changed: look at `git diff` after `cbd compile`"
-    for overlay in OVERLAYS:
-        following = compiled_text(overlay, "redteam").partition("---\n")[2]
-        assert following == golden("redteam", overlay).read_text(), "the overlay has changed: look at `git diff` after `cbd compile`"
 
 
 def test_on_a_cluster_trials_run_on_gpus_four_at_once_may_be_repeated_and_get_no_key(tmp_path: Path) -> None:
@@ -83,10 +80,19 @@ def of_steps(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name.removeprefix("exec-"): said for name, said in executors.items()}
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_an_overlays_golden_file_is_the_document_that_follows_the_pipeline(on_clusters: dict[str, str], overlay: str) -> None:
-    following = on_clusters[overlay].partition("---\n")[2]
-    assert following == golden("retrain", overlay).read_text(), "the overlay has changed: look at `git diff` after `cbd compile`"
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_an_overlays_golden_file_is_the_document_that_follows_the_pipeline(pipeline: str) -> None:
+    following = compiled_text(WHOLE, pipeline).partition("---\n")[2]
+    assert following == golden(pipeline, WHOLE).read_text(), "the overlay has changed: look at `git diff` after `cbd compile`"
+
+
+@pytest.mark.parametrize("overlay", sorted(OVERLAYS.keys() - {WHOLE}))
+def test_the_other_overlays_differ_in_selectors_and_tolerations_alone(on_clusters: dict[str, str], overlay: str) -> None:
+    (one, kept), (other, settings) = (list(yaml.safe_load_all(on_clusters[name])) for name in (WHOLE, overlay))
+    for said in (*of_steps(kept).values(), *of_steps(settings).values()):
+        said.pop("nodeSelector", None)
+        said.pop("tolerations", None)
+    assert (other, settings) == (one, kept)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -119,7 +125,8 @@ def test_on_a_cluster_exactly_the_training_steps_go_to_gpu_nodes_with_shared_mem
     assert settings.keys() == resources.keys()
     for name, said in settings.items():
         assert (said.get("nodeSelector", {}).get("labels") == OVERLAYS[overlay].selector) == (name in on_gpu)
-        assert any(taint["key"] == "nvidia.com/gpu" for taint in said.get("tolerations", ())) == (name in on_gpu)
+        tolerated = {taint["key"] for taint in said.get("tolerations", ())}
+        assert tolerated == ({"nvidia.com/gpu", *OVERLAYS[overlay].taints} if name in on_gpu else set())
         assert [volume["mountPath"] for volume in said.get("emptyDirMounts", ())] == ["/dev/shm"] * (name in on_gpu)
 
 
@@ -172,6 +179,18 @@ def test_on_a_cluster_a_step_gets_the_secrets_that_it_uses_and_no_others(on_clus
         env = {each["name"] for each in compiled["deploymentSpec"]["executors"][f"exec-{name}"]["container"]["env"]}
         assert ("CBD_SIGNING_KEY" in env) == (KEY in granted[step])
     assert granted == GRANTED
+
+
+def test_the_docs_tell_the_secrets_of_each_step() -> None:
+    lines = (Path(__file__).parent.parent / "docs" / "submit.md").read_text().splitlines()
+    start = lines.index(f"| steps | `{KEY}` | `{TRACKING}` | `{STORE}` |")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 : lines.index("", start)]]
+    told = {
+        step: {name for name, cell in zip((KEY, TRACKING, STORE), row[1:], strict=True) if cell}
+        for row in rows
+        for step in row[0].split(", ")
+    }
+    assert told | {"refuse": told["decide"]} == GRANTED
 
 
 def test_no_parameter_could_hold_a_secret(spec: dict[str, Any]) -> None:
@@ -286,9 +305,11 @@ def test_as_manifests_the_same_pipeline_is_the_same_version_and_another_image_an
     [
         ("gke:a100-spot", {"cloud.google.com/gke-nodepool": "a100-spot"}),
         ("onprem:NVIDIA-H200", {"nvidia.com/gpu.product": "NVIDIA-H200"}),
+        ("onprem", {"nvidia.com/gpu.present": "true"}),
+        ("eks", {"eks.amazonaws.com/nodegroup": "cbd-gpu"}),
     ],
 )
-def test_an_overlay_with_a_pool_sends_training_to_the_nodes_of_that_pool(tmp_path: Path, overlay: str, labels: dict[str, str]) -> None:
+def test_an_overlay_sends_training_to_its_nodes_or_to_those_of_a_pool(tmp_path: Path, overlay: str, labels: dict[str, str]) -> None:
     compile_pipeline(tmp_path / "retrain.yaml", overlay=overlay)
     settings = of_steps(list(yaml.safe_load_all((tmp_path / "retrain.yaml").read_text()))[1])
     assert settings["canary-step"]["nodeSelector"]["labels"] == labels

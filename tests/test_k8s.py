@@ -17,7 +17,7 @@ import pytest
 import yaml
 from moto.server import ThreadedMotoServer
 
-from components.monitoring import OUTCOMES
+from components.monitoring import LASTING
 from pipelines.overlays import MORE_SETTINGS, NEEDS_GPU, SECRETS, SETTINGS, SIGNING_KEY
 
 PROJECT = Path(__file__).parent.parent
@@ -329,9 +329,11 @@ def monitoring_faults(manifests: Manifests) -> Iterator[str]:
     alerts = {rule["alert"]: rule["expr"] for group in rules["spec"]["groups"] for rule in group["rules"]}
     if not {"GateBlocked", "RunFailed", "NoRun"} <= set(alerts):
         yield "an alert is missing"
+    if "absent(cbd_run_ended_timestamp_seconds)" not in alerts.values():
+        yield "nobody is told that no run has ever ended"
     for name, expression in alerts.items():
         yield from (f"{name}: {metric} is not served" for metric in re.findall(r"cbd_\w+", expression) if f'"{metric}"' not in exporter)
-        yield from (f"{name}: no outcome {each}" for each in re.findall(r'outcome="(\w+)"', expression) if each not in OUTCOMES)
+        yield from (f"{name}: no outcome {each}" for each in re.findall(r'outcome="(\w+)"', expression) if each not in LASTING)
 
 
 CHECKS: dict[str, Callable[[Manifests, str], Iterator[str]]] = {
@@ -439,6 +441,12 @@ BREAKS: dict[str, tuple[str, Callable[[Manifests], object]]] = {
     "an alert on nothing": (
         "monitoring",
         lambda m: _get(m, "PrometheusRule", "cbd")["spec"]["groups"][0]["rules"][0].update(expr="cbd_last_run_verdict > 0"),
+    ),
+    "no alert where no run has ended": (
+        "monitoring",
+        lambda m: next(
+            rule for rule in _get(m, "PrometheusRule", "cbd")["spec"]["groups"][0]["rules"] if rule["alert"] == "NoRunYet"
+        ).update(expr="cbd_run_ended_timestamp_seconds == 0"),
     ),
     "an outcome that is none": (
         "monitoring",

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cbd.errors import ConfigError
 from cbd.rates import rate
-from components.monitoring import OUTCOMES, ended_runs
+from components.monitoring import LASTING, ended_runs
 from components.report import report
 
 Samples = dict[tuple[str, str], float]
@@ -70,7 +70,17 @@ def test_the_newest_runs_verdict_accuracy_attacks_and_age_are_served_and_follow_
     assert after["cbd_last_run_outcome", "BLOCK"] == 1 and after["cbd_last_run_outcome", "PASS"] == 0
     assert after["cbd_run_ended_timestamp_seconds", "PASS"] == before["cbd_run_ended_timestamp_seconds", "PASS"]
     assert ("cbd_last_run_clean_accuracy", "") not in after, "the new run measured nothing: no sample, never an older run's"
-    assert {label for name, label in after if name == "cbd_last_run_outcome"} == set(OUTCOMES)
+    assert {label for name, label in after if name == "cbd_last_run_outcome"} == set(LASTING)
+
+
+def test_a_run_that_finds_nothing_new_ends_no_block_and_is_seen_by_its_age(tmp_path: Path) -> None:
+    now = time.time()
+    leave_run(tmp_path, "a", ended=now - 86400, verdict="BLOCK", clean_accuracy=rate(193, 200))
+    leave_run(tmp_path, "b", ended=now, nothing_new={"run_id": "a", "verdict": "BLOCK"})
+    with serving(tmp_path) as address:
+        samples = scrape(address)
+    assert samples["cbd_last_run_outcome", "BLOCK"] == 1 and samples["cbd_last_run_clean_accuracy", ""] == 0.965
+    assert samples["cbd_run_ended_timestamp_seconds", "NOTHING_NEW"] == pytest.approx(now, abs=1)
 
 
 @pytest.mark.parametrize(
