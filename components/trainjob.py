@@ -6,7 +6,9 @@ Its pods run the image of the step that asks, under the runtime `cbd` of `k8s/tr
 import contextlib
 import hashlib
 import os
+import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,10 @@ CPU, MEMORY = "4", ("16G", "32G")
 """Requests of a pod, and of memory the limit; as those of a training step."""
 POLL_SECONDS, PATIENCE = 10.0, 30
 """How often a TrainJob is looked at, and how many looks in a row may go unanswered."""
+ANSWER_SECONDS = 30.0
+"""How long a connection, and then an answer, is waited for."""
+POD = ("KFP_POD_NAME", "KFP_POD_UID")
+"""Where Kubeflow Pipelines tells a step what its pod is."""
 
 
 def train_job(name: str, command: list[str], training: Training, *, image: str) -> dict[str, Any]:
@@ -42,24 +48,46 @@ def train_job(name: str, command: list[str], training: Training, *, image: str) 
 
 
 def follow(command: list[str], training: Training, *, folder: Path) -> str | None:
-    """Why the TrainJob that runs `command` failed, or None; it is removed, but a failed one stays for its logs.
+    """Why the TrainJob that runs `command` failed, or None; it is removed, but a failed one stays for its logs as long as the step's pod.
 
     Raises:
-        EnvironmentFault: this is no step on a cluster, or the cluster refuses the TrainJob or answers no more.
+        EnvironmentFault: this is no step on a cluster, the cluster refuses the TrainJob or answers no more, or the step is told to end.
     """
     if not NAMESPACE.is_file() or IMAGE not in os.environ:
         raise EnvironmentFault(f"training.nodes = {training.nodes}: only a step on a cluster can ask for more machines; set it to 1")
     name = f"cbd-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
     made, jobs = train_job(name, command, training, image=os.environ[IMAGE]), _TrainJobs(NAMESPACE.read_text().strip())
-    jobs.create(made)
+    made["metadata"] |= _owned()
     why: str | None = None
-    try:
-        print(f"TrainJob {name} in namespace {jobs.namespace}: {training.nodes} nodes x {training.processes} processes", flush=True)
-        why = _end(jobs, name, folder)
-    finally:
-        if why is None:
-            jobs.delete(name)
+    with _told_to_end():
+        jobs.create(made)
+        try:
+            print(f"TrainJob {name} in namespace {jobs.namespace}: {training.nodes} nodes x {training.processes} processes", flush=True)
+            why = _end(jobs, name, folder)
+        finally:
+            if why is None:
+                jobs.delete(name)
     return why
+
+
+def _owned() -> dict[str, Any]:
+    """What has the cluster remove a TrainJob together with the pod of this step, whatever became of it."""
+    name, uid = (os.environ.get(each) for each in POD)
+    return {"ownerReferences": [{"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid}]} if name and uid else {}
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[None]:
+    """Inside, a step that is told to end, because its run is cancelled, its time is over or its node goes, raises EnvironmentFault."""
+
+    def end(*_: Any) -> None:
+        raise EnvironmentFault("the step was told to end (SIGTERM); run it again, it goes on from the last whole epoch")
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(jobs: "_TrainJobs", name: str, folder: Path) -> str | None:
@@ -90,28 +118,43 @@ class _TrainJobs:
         self._where = {"group": GROUP, "version": VERSION, "namespace": namespace, "plural": PLURAL}
 
     def create(self, made: dict[str, Any]) -> None:
-        try:
-            self._api.create_namespaced_custom_object(body=made, **self._where)
-        except self._refused as error:
-            known = {403: "the account of the steps may not; apply k8s/trainer", 404: "there is no Kubeflow Trainer; install it"}
-            why = known.get(error.status, error.reason)
-            raise EnvironmentFault(f"TrainJob in namespace {self.namespace}: HTTP {error.status}: {why}") from None
+        """Makes it; one that is there already is this one, because its name is new, and an answer was lost."""
+        for _ in range(PATIENCE):
+            try:
+                if self._asked(self._api.create_namespaced_custom_object, body=made) is not None:
+                    return
+            except self._refused as error:
+                if error.status == 409:
+                    return
+                known = {403: "the account of the steps may not; apply k8s/trainer", 404: "there is no Kubeflow Trainer; install it"}
+                why = known.get(error.status, error.reason)
+                raise EnvironmentFault(f"TrainJob in namespace {self.namespace}: HTTP {error.status}: {why}") from None
+            time.sleep(POLL_SECONDS)
+        raise EnvironmentFault(f"TrainJob in namespace {self.namespace}: the API of Kubernetes answers no more; look at the cluster")
 
     def status(self, name: str) -> dict[str, Any] | None:
         """Its status; None if the API does not answer."""
+        try:
+            found = self._asked(self._api.get_namespaced_custom_object, name=name)
+        except self._refused as error:
+            raise EnvironmentFault(f"TrainJob {name}: HTTP {error.status}: {error.reason}; it was removed or may not be read") from None
+        return None if found is None else found.get("status", {})
+
+    def delete(self, name: str) -> None:
+        """Removes it if the API does so when it is asked once: it goes with the step's pod anyway."""
+        with contextlib.suppress(self._refused):
+            self._asked(self._api.delete_namespaced_custom_object, name=name)
+
+    def _asked(self, call: Callable[..., Any], **given: Any) -> dict[str, Any] | None:
+        """The answer; None if there is none, or if it may be another one later."""
         from urllib3.exceptions import HTTPError
 
         try:
-            found: dict[str, Any] = self._api.get_namespaced_custom_object(name=name, **self._where)
+            answer: dict[str, Any] = call(**given, **self._where, _request_timeout=(ANSWER_SECONDS, ANSWER_SECONDS))
+            return answer
         except HTTPError:
             return None
         except self._refused as error:
-            if error.status >= 500:
+            if error.status == 429 or error.status >= 500:
                 return None
-            raise EnvironmentFault(f"TrainJob {name}: HTTP {error.status}: {error.reason}; it was removed or may not be read") from None
-        status: dict[str, Any] = found.get("status", {})
-        return status
-
-    def delete(self, name: str) -> None:
-        with contextlib.suppress(self._refused):
-            self._api.delete_namespaced_custom_object(name=name, **self._where)
+            raise

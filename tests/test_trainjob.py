@@ -1,8 +1,14 @@
 """Trainings on several machines: the TrainJob against Kubeflow Trainer's own models, and one that really runs on two nodes."""
 
 import functools
+import os
 import shutil
+import signal
+import socket
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,6 +170,72 @@ def test_an_api_that_answers_no_more_ends_the_step_and_removes_the_train_job(
     with pytest.raises(EnvironmentFault, match="the API of Kubernetes answers no more"):
         run(trainings.counting, tmp_path)
     assert cluster.removed == [cluster.made[0]["metadata"]["name"]]
+
+
+@pytest.fixture
+def quick(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """The cluster, with TrainJobs of one empty command each."""
+    monkeypatch.setattr(trainjob, "POLL_SECONDS", 0.01)
+    return cluster
+
+
+def ended(tmp_path: Path, program: str = "pass") -> str | None:
+    """Why a TrainJob of two nodes that run this program failed, or None."""
+    return trainjob.follow([sys.executable, "-c", program], Training(nodes=2), folder=tmp_path / "job")
+
+
+@pytest.mark.parametrize("code", [429, 500, 503])
+def test_a_busy_api_ends_no_training(quick: Cluster, tmp_path: Path, code: int) -> None:
+    quick.unavailable, quick.busy = 3, code
+    assert ended(tmp_path) is None
+
+
+@pytest.mark.parametrize("broken", [["POST"], ["DELETE"] * 9])
+def test_an_answer_that_is_lost_ends_no_training_and_makes_no_second_one(quick: Cluster, tmp_path: Path, broken: list[str]) -> None:
+    quick.broken = broken
+    assert ended(tmp_path) is None and len(quick.made) == 1 and len(set(quick.removed)) == 1
+
+
+def test_an_api_that_takes_connections_and_never_answers_is_given_up(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainjob, "PATIENCE", 1)
+    monkeypatch.setattr(trainjob, "ANSWER_SECONDS", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(kubernetes.config, "load_incluster_config", lambda: kubernetes.client.Configuration.set_default(at(address)))
+        try:
+            with pytest.raises(EnvironmentFault, match="the API of Kubernetes answers no more"):
+                ended(tmp_path)
+        finally:
+            kubernetes.client.Configuration.set_default(None)
+
+
+def at(address: str) -> Any:
+    made = kubernetes.client.Configuration()
+    made.host = address
+    return made
+
+
+def test_a_step_that_is_told_to_end_removes_its_train_job(quick: Cluster, tmp_path: Path) -> None:
+    def tell() -> None:
+        while quick.unavailable == 0:  # not looked at yet
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=tell, daemon=True).start()
+    with pytest.raises(EnvironmentFault, match="told to end"):
+        ended(tmp_path, "import time; time.sleep(60)")
+    assert quick.removed == [quick.made[0]["metadata"]["name"]] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_train_job_goes_with_the_pod_of_its_step(quick: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KFP_POD_NAME", "retrain-x1")
+    monkeypatch.setenv("KFP_POD_UID", "0123-4567")
+    assert ended(tmp_path) is None
+    (owner,) = quick.made[0]["metadata"]["ownerReferences"]
+    assert owner == {"apiVersion": "v1", "kind": "Pod", "name": "retrain-x1", "uid": "0123-4567"}
+    assert shape_faults(TrainerV1alpha1TrainJob, quick.made[0]) == []
 
 
 def test_several_machines_are_refused_where_there_is_no_cluster(tmp_path: Path) -> None:

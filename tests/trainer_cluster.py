@@ -27,8 +27,10 @@ class Cluster:
     def __init__(self) -> None:
         self.made: list[dict[str, Any]] = []
         self.removed: list[str] = []
-        self.unavailable = 0
-        """So many looks go unanswered."""
+        self.unavailable, self.busy = 0, 503
+        """So many looks are answered with this code."""
+        self.broken: list[str] = []
+        """Methods of the next calls that are done but not answered: the connection breaks."""
         self.refusal: int | None = None
         """Code with which creating is answered."""
         self._nodes: list[subprocess.Popen[bytes]] = []
@@ -62,6 +64,10 @@ class Cluster:
 def _handler(cluster: Cluster) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def _answer(self, code: int, value: dict[str, Any]) -> None:
+            if self.command in cluster.broken:
+                cluster.broken.remove(self.command)
+                self.close_connection = True
+                return
             body = json.dumps(value).encode()
             self.send_response(code)
             self.send_header("Content-Type", "application/json")
@@ -81,6 +87,8 @@ def _handler(cluster: Cluster) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             made = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self._known(name=False):
+                if made["metadata"]["name"] in [job["metadata"]["name"] for job in cluster.made]:
+                    return self._answer(409, {"kind": "Status", "reason": "AlreadyExists"})
                 if cluster.refusal is None:
                     cluster.create(made)
                 self._answer(cluster.refusal or 201, made)
@@ -89,7 +97,7 @@ def _handler(cluster: Cluster) -> type[BaseHTTPRequestHandler]:
             if self._known(name=True):
                 cluster.unavailable -= 1
                 found = {"metadata": {"name": self.path.rpartition("/")[2]}, "status": cluster.status()}
-                self._answer(503 if cluster.unavailable >= 0 else 200, found)
+                self._answer(cluster.busy if cluster.unavailable >= 0 else 200, found)
 
         def do_DELETE(self) -> None:
             if self._known(name=True):
