@@ -1,11 +1,14 @@
 """git, run without the user's configuration, hooks and environment, and the origin that a repository may share with others."""
 
+import contextlib
 import functools
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from cbd.errors import DataError, EnvironmentFault
+from cbd.files import disk_fault, locked
 
 _IDENTITY = {
     "GIT_AUTHOR_NAME": "cbd",
@@ -78,6 +81,21 @@ def _run(folder: Path, *arguments: str, given: bytes = b"", **environment: str) 
         text = (text.replace(url, "the origin") if (url := origin()) else text)[:160]  # it may hold a token
         raise EnvironmentFault(f"{folder}: git {arguments[0]} failed: {text}; mend or remove the registry") from None
     return done.stdout.decode(errors="replace").strip()
+
+
+@contextlib.contextmanager
+def held(registry: Path) -> Iterator[None]:
+    """The repository, whose folder is made if it is not there, for one process at a time.
+
+    Raises:
+        EnvironmentFault: it cannot be written.
+    """
+    try:
+        registry.mkdir(parents=True, exist_ok=True)
+        with locked(registry.with_name(f"{registry.name}.lock")):
+            yield
+    except OSError as error:
+        raise disk_fault(registry, error) from None
 
 
 def origin() -> str | None:
