@@ -18,7 +18,7 @@ from cbd.errors import ConfigError, DataError, EnvironmentFault
 from cbd.heads import Head, Matching, head_name, parse_head, read_heads, sign_head
 from cbd.keys import PrivateKey
 from cbd.log_store import open_log
-from components.git import ATTEMPTS, git, held, origin
+from components.git import AS_THEY_ARE, ATTEMPTS, git, held, origin
 from components.tracking_store import sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ BUCKET = "CBD_LOG_HEADS"
 """Address (s3://bucket/prefix), of one log alone, at which every head is also put as an object; with object lock nobody takes it away."""
 NOTES = "refs/notes/cbd-heads"
 """Git notes of the data registry, a ref for each log: refs/notes/cbd-heads/<first 12 of the first line's hash>."""
-
-_AS_THEY_ARE = ("--patch", "--text", "--no-textconv", "--no-ext-diff", "--no-color")
-"""How git shows what was added, whatever attributes of the files say."""
 
 
 def close_log(workspace: Path, key: PrivateKey | None = None) -> Head:
@@ -127,7 +124,7 @@ def _added(registry: Path, ref: str) -> list[str]:
     """Every text that was ever added to the notes, so that one which was taken out again still counts."""
     if not git(registry, "for-each-ref", ref):
         return []
-    history = git(registry, "log", "--format=", *_AS_THEY_ARE, "--unified=0", ref, "--").splitlines()
+    history = git(registry, "log", "--format=", *AS_THEY_ARE, "--unified=0", ref, "--").splitlines()
     return sorted({line[1:] for line in history if line.startswith("+") and not line.startswith("+++") and line != "+"})
 
 

@@ -26,6 +26,9 @@ _OURS = {
 }
 """What `git init` and `git remote add` set. Many of the others name a program: core.fsmonitor, filter.*, diff.*.textconv."""
 
+AS_THEY_ARE = ("--patch", "--text", "--no-textconv", "--no-ext-diff", "--no-color")
+"""How `git log` shows what was changed, whatever attributes of the files say."""
+
 _PASSED = ("GIT_SSH_COMMAND", "GIT_ASKPASS", "GIT_SSL_CAINFO")
 """How git reaches an origin: of the user's environment only these count."""
 ORIGIN = "CBD_REGISTRY_GIT"

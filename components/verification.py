@@ -15,6 +15,7 @@ from components.git import git, held
 from components.logged import Evidence, read_evidence
 from components.registered import check_registry
 from components.run_checks import check_run
+from components.shard_store import local_objects, missing_objects
 
 
 class Unverified(str):
@@ -109,17 +110,22 @@ def _blob(path: Path) -> str | None:
 
 
 def _check_remote(evidence: Evidence) -> Iterator[str]:
-    """That every object in a local DVC remote is what its name, an MD5, says; what it stands for is sealed by SHA-256 in the registry."""
-    objects = [path for path in sorted((evidence.workspace / "remote").glob("files/md5/*/*")) if path.is_file()]
-    for path in objects:
+    """That every object in a local DVC remote is what its name, an MD5, says, and none is missing; SHA-256 in the registry seals them."""
+    registry, num_objects = evidence.workspace / "registry", 0
+    for path, expected in local_objects(registry):
         with path.open("rb") as file:
             found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-        if found != path.parent.name + path.name.removesuffix(".dir"):
+        if found != expected:
             raise DataError(
                 f"{path}: altered: this object of the data registry's remote has another content than its name; restore the remote"
             )
-    if objects:
-        yield f"remote: {len(objects)} objects of the data registry are what their names say"
+        num_objects += 1
+    if num_objects:
+        yield f"remote: {num_objects} objects of the data registry are what their names say"
+    if (registry / ".git").is_dir() and (missing := missing_objects(registry)):
+        yield Unverified(
+            f"remote: NOT VERIFIED: {len(missing)} objects of versions of the data registry are missing, such as {missing[0]}; restore them"
+        )
 
 
 WORKSPACE_CHECKS: list[Callable[[Evidence], Iterator[str]]] = [
