@@ -18,7 +18,7 @@ _IDENTITY = {
 }
 _PLAIN = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0"}
 
-_FLAGS = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "core.quotePath=false")
+_FLAGS = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "core.quotePath=false", "-c", "gc.autoDetach=false")
 
 _OURS = {
     *(f"core.{name}" for name in ("repositoryformatversion", "filemode", "bare", "logallrefupdates", "ignorecase", "symlinks")),
@@ -88,7 +88,7 @@ def _run(folder: Path, *arguments: str, given: bytes = b"", **environment: str) 
 
 @contextlib.contextmanager
 def held(registry: Path) -> Iterator[None]:
-    """The repository, whose folder is made if it is not there, for one process at a time.
+    """The repository, whose folder is made if it is not there, for one process at a time. git's own locks, which a kill left, are removed.
 
     Raises:
         EnvironmentFault: it cannot be written.
@@ -96,6 +96,8 @@ def held(registry: Path) -> Iterator[None]:
     try:
         registry.mkdir(parents=True, exist_ok=True)
         with locked(registry.with_name(f"{registry.name}.lock")):
+            for left in (*(registry / ".git").glob("*.lock"), *(registry / ".git" / "refs").rglob("*.lock")):
+                left.unlink()  # who writes holds the repository, and nothing of git goes on afterwards
             yield
     except OSError as error:
         raise disk_fault(registry, error) from None

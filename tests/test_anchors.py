@@ -103,6 +103,17 @@ def test_the_audit_writes_nothing_where_it_reads(workspace: Path, mlflow_templat
     assert list(verify_all(workspace)) and written() == before
 
 
+def test_locks_of_a_git_that_was_killed_stop_nobody(workspace: Path) -> None:
+    close_log(workspace)
+    place = workspace / "registry" / ".git"
+    ref = git(workspace / "registry", "for-each-ref", "--format=%(refname)", "refs/notes/cbd-heads")
+    for name in ("index.lock", "HEAD.lock", f"{ref}.lock"):
+        (place / name).touch()
+    append(workspace, "event", {})
+    close_log(workspace)
+    assert anchored(workspace)["git notes"] == [2, 3] and not list(place.rglob("*.lock"))
+
+
 def test_without_a_registry_the_head_is_beside_the_log_alone(tmp_path: Path) -> None:
     append(tmp_path, "event", {})
     close_log(tmp_path)

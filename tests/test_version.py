@@ -111,6 +111,11 @@ def test_a_lost_object_is_refused(workspace: Path, tmp_path: Path) -> None:
         fetch(git(workspace / "registry", "tag"), tmp_path / "out", workspace=workspace)
 
 
+def test_a_lock_of_a_git_that_was_killed_does_not_stop_the_next_version(workspace: Path, tmp_path: Path) -> None:
+    (workspace / "registry" / ".git" / "index.lock").touch()
+    assert version(make(tmp_path / "data", 600), workspace=str(workspace), supplier="acme")["revision"]
+
+
 def test_what_a_killed_push_left_is_no_object_and_goes_with_the_next_one(workspace: Path, tmp_path: Path) -> None:
     append(workspace, "event", {})
     place = next(path for path in (workspace / "remote" / "files" / "md5").iterdir() if path.is_dir())
