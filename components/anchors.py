@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 from cbd.audit import walk_lines
 from cbd.config import canonical_json
 from cbd.errors import ConfigError, DataError, EnvironmentFault
-from cbd.files import disk_fault, locked
 from cbd.heads import Head, Matching, head_name, parse_head, read_heads, sign_head
 from cbd.keys import PrivateKey
 from cbd.log_store import open_log
-from components.git import ATTEMPTS, git, origin
+from components.git import AS_THEY_ARE, ATTEMPTS, git, held, origin
 from components.tracking_store import sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
@@ -31,9 +30,6 @@ BUCKET = "CBD_LOG_HEADS"
 """Address (s3://bucket/prefix), of one log alone, at which every head is also put as an object; with object lock nobody takes it away."""
 NOTES = "refs/notes/cbd-heads"
 """Git notes of the data registry, a ref for each log: refs/notes/cbd-heads/<first 12 of the first line's hash>."""
-
-_AS_THEY_ARE = ("--patch", "--text", "--no-textconv", "--no-ext-diff", "--no-color")
-"""How git shows what was added, whatever attributes of the files say."""
 
 
 def close_log(workspace: Path, key: PrivateKey | None = None) -> Head:
@@ -47,7 +43,7 @@ def close_log(workspace: Path, key: PrivateKey | None = None) -> Head:
     head = sign_head(workspace, key)
     registry = workspace / "registry"
     if (registry / ".git").is_dir() and git(registry, "for-each-ref", "refs/heads/main"):
-        with _registry_lock(workspace):
+        with held(registry):
             ref = _notes_ref(workspace)
             _follow(workspace, ref)
             _add(registry, ref, told(head))
@@ -74,8 +70,9 @@ def read_anchors(workspace: Path) -> Iterator[tuple[str, list[Head]]]:
     registry = workspace / "registry"
     if (registry / ".git").is_dir() and log.exists():
         place, ref = f"git notes of {registry}", _notes_ref(workspace)
-        with _registry_lock(workspace):
-            _follow(workspace, ref)
+        if origin():
+            with held(registry):
+                _follow(workspace, ref)
         yield place, [parse_head(text.encode(), told=place) for text in _added(registry, ref)]
     if (file := sqlite_file(tracking_uri(workspace))) and file.is_file():
         place = f"tags of the runs in {file}"
@@ -127,7 +124,7 @@ def _added(registry: Path, ref: str) -> list[str]:
     """Every text that was ever added to the notes, so that one which was taken out again still counts."""
     if not git(registry, "for-each-ref", ref):
         return []
-    history = git(registry, "log", "--format=", *_AS_THEY_ARE, "--unified=0", ref, "--").splitlines()
+    history = git(registry, "log", "--format=", *AS_THEY_ARE, "--unified=0", ref, "--").splitlines()
     return sorted({line[1:] for line in history if line.startswith("+") and not line.startswith("+++") and line != "+"})
 
 
@@ -171,12 +168,3 @@ def _check_history(workspace: Path, theirs: str) -> None:
     for line in walk_lines(open_log(workspace), key=None):
         matching.add(line)
     matching.finish()
-
-
-@contextlib.contextmanager
-def _registry_lock(workspace: Path) -> Iterator[None]:
-    try:
-        with locked(workspace / "registry.lock"):
-            yield
-    except OSError as error:
-        raise disk_fault(workspace / "registry", error) from None

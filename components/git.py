@@ -1,11 +1,14 @@
 """git, run without the user's configuration, hooks and environment, and the origin that a repository may share with others."""
 
+import contextlib
 import functools
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from cbd.errors import DataError, EnvironmentFault
+from cbd.files import disk_fault, locked
 
 _IDENTITY = {
     "GIT_AUTHOR_NAME": "cbd",
@@ -15,13 +18,16 @@ _IDENTITY = {
 }
 _PLAIN = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0"}
 
-_FLAGS = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "core.quotePath=false")
+_FLAGS = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "core.quotePath=false", "-c", "gc.autoDetach=false")
 
 _OURS = {
     *(f"core.{name}" for name in ("repositoryformatversion", "filemode", "bare", "logallrefupdates", "ignorecase", "symlinks")),
     *("core.precomposeunicode", "remote.origin.url", "remote.origin.fetch"),
 }
 """What `git init` and `git remote add` set. Many of the others name a program: core.fsmonitor, filter.*, diff.*.textconv."""
+
+AS_THEY_ARE = ("--patch", "--text", "--no-textconv", "--no-ext-diff", "--no-color")
+"""How `git log` shows what was changed, whatever attributes of the files say."""
 
 _PASSED = ("GIT_SSH_COMMAND", "GIT_ASKPASS", "GIT_SSL_CAINFO")
 """How git reaches an origin: of the user's environment only these count."""
@@ -78,6 +84,23 @@ def _run(folder: Path, *arguments: str, given: bytes = b"", **environment: str) 
         text = (text.replace(url, "the origin") if (url := origin()) else text)[:160]  # it may hold a token
         raise EnvironmentFault(f"{folder}: git {arguments[0]} failed: {text}; mend or remove the registry") from None
     return done.stdout.decode(errors="replace").strip()
+
+
+@contextlib.contextmanager
+def held(registry: Path) -> Iterator[None]:
+    """The repository, whose folder is made if it is not there, for one process at a time. git's own locks, which a kill left, are removed.
+
+    Raises:
+        EnvironmentFault: it cannot be written.
+    """
+    try:
+        registry.mkdir(parents=True, exist_ok=True)
+        with locked(registry.with_name(f"{registry.name}.lock")):
+            for left in (*(registry / ".git").glob("*.lock"), *(registry / ".git" / "refs").rglob("*.lock")):
+                left.unlink()  # who writes holds the repository, and nothing of git goes on afterwards
+            yield
+    except OSError as error:
+        raise disk_fault(registry, error) from None
 
 
 def origin() -> str | None:

@@ -7,20 +7,18 @@ By default both lie in the workspace. `CBD_REGISTRY_GIT` names a git repository 
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cbd.bundle import CARD, BundleCard, bundle_digest, read_card
 from cbd.dataset import INFO, DatasetInfo, verify_dataset
 from cbd.errors import DataError, EnvironmentFault
-from cbd.files import disk_fault, replacing, sha256_file, write_json
+from cbd.files import replacing, sha256_file, write_json
 from cbd.truth import read_truth
-from components.git import ATTEMPTS, follow, git, origin, publish
+from components.git import ATTEMPTS, follow, git, held, origin, publish
 from components.places import CONTROL, DELIVERY, SUSPECTS, Place, kind_of, path_of
 from components.shard_store import bring, send, start, told_as_damage
 from components.suspect_list import INFO as LIST
@@ -56,7 +54,8 @@ def store(folder: Path, digest: str, place: Place, *, workspace: Path, truth: Pa
         DataError: the same data set lies there with another truth.
         EnvironmentFault: the registry, the remote or the origin cannot be written.
     """
-    with _locked(workspace) as registry:
+    registry = workspace / "registry"
+    with held(registry):
         for _ in range(ATTEMPTS):
             _open(workspace)
             found = _find(registry, digest, kind_of(place.tag))
@@ -215,7 +214,7 @@ def _current(workspace: Path) -> Path | None:
     """The registry's folder, as new as its origin if it has one; None if there is none."""
     registry = workspace / "registry"
     if origin():
-        with _locked(workspace):
+        with held(registry):
             follow(registry)
     return registry if (registry / ".git").is_dir() else None
 
@@ -233,16 +232,3 @@ def _open(workspace: Path) -> None:
         return
     git(registry, "add", "--", *start(registry, os.environ.get(REMOTE)))
     git(registry, "commit", "--quiet", "--message", "Start the data registry")
-
-
-@contextlib.contextmanager
-def _locked(workspace: Path) -> Iterator[Path]:
-    """The registry's folder, for one process at a time."""
-    registry = workspace / "registry"
-    try:
-        registry.mkdir(parents=True, exist_ok=True)
-        with (workspace / "registry.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield registry
-    except OSError as error:
-        raise disk_fault(registry, error) from None

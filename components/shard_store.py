@@ -4,11 +4,13 @@ DVC's hashes are MD5, so they only find what was damaged by accident; who fetche
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cbd.errors import DataError, EnvironmentFault
+from components.git import AS_THEY_ARE, git
 
 # The remote is named relative to the file's folder, so that a workspace may be moved. Without `verify` DVC checks out tampered objects.
 _LOCAL_REMOTE = "../../remote"
@@ -40,11 +42,35 @@ def send(registry: Path, dataset: Path, place: Path) -> None:
     try:
         with _dvc()(str(registry)) as repo:
             repo.add(str(dataset.resolve()), out=str((registry / place).resolve()), to_remote=True, force=True)
-        for stray in (registry.parent / "remote" / "files" / "md5").glob(".*.tmp"):
-            stray.unlink()  # DVC leaves a second copy of what it moves straight to a local remote
+        for stray in _local(registry).glob("**/.*.tmp"):
+            stray.unlink()  # a second copy of what DVC moves straight to a local remote, or what a kill left
     except DvcException as error:
         text = " ".join(str(error).split())[:160]
         raise EnvironmentFault(f"{registry}: DVC cannot store the data set: {text}; check the remote and its free space") from None
+
+
+def local_objects(registry: Path) -> Iterator[tuple[Path, str]]:
+    """Each object of a remote beside the registry, and the MD5 that its name says; without what DVC has not finished."""
+    for path in sorted(_local(registry).glob("*/*")):
+        if path.is_file() and not path.name.startswith("."):
+            yield path, path.parent.name + path.name.removesuffix(".dir")
+
+
+def missing_objects(registry: Path) -> list[Path]:
+    """What versions in the registry, also earlier ones, consist of and the remote beside it lacks; nothing if the remote is elsewhere."""
+    config = registry / ".dvc" / "config"
+    if not config.is_file() or f"url = {_LOCAL_REMOTE}\n" not in config.read_text():
+        return []
+    history = git(registry, "log", "--format=", *AS_THEY_ARE, "--all", "--", "*.dvc")
+    wanted = {_local(registry) / name[:2] / name[2:] for name in re.findall(r"^\+- md5: ([0-9a-f]{32}(?:\.dir)?)$", history, re.M)}
+    for folder in [path for path in wanted if path.suffix == ".dir" and path.is_file()]:
+        names = re.findall(r'"md5": "([0-9a-f]{32})"', folder.read_text())
+        wanted |= {_local(registry) / name[:2] / name[2:] for name in names}
+    return sorted(path for path in wanted if not path.is_file())
+
+
+def _local(registry: Path) -> Path:
+    return registry.parent / "remote" / "files" / "md5"
 
 
 def bring(registry: Path, tag: str, path: str, out: Path) -> None:

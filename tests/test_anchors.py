@@ -84,6 +84,36 @@ def test_a_closed_log_has_its_head_in_the_registrys_history_too(workspace: Path)
     assert head in dict(read_anchors(workspace))[f"git notes of {workspace / 'registry'}"]
 
 
+def test_the_audit_writes_nothing_where_it_reads(workspace: Path, mlflow_template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it reads what is mounted read-only."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copyfile(mlflow_template, workspace / "mlflow.db")
+    (workspace / "registry" / "set.json").write_text("{}")
+    git(workspace / "registry", "add", "set.json")
+    git(workspace / "registry", "commit", "--quiet", "--message", "One")
+    close_log(workspace)
+    (workspace / "registry.lock").unlink()
+
+    def written() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in (workspace, *workspace.rglob("*"))}
+
+    before = written()
+    (workspace / "registry" / "set.json").touch()
+    before[str(workspace / "registry" / "set.json")] = (workspace / "registry" / "set.json").stat().st_mtime_ns
+    assert list(verify_all(workspace)) and written() == before
+
+
+def test_locks_of_a_git_that_was_killed_stop_nobody(workspace: Path) -> None:
+    close_log(workspace)
+    place = workspace / "registry" / ".git"
+    ref = git(workspace / "registry", "for-each-ref", "--format=%(refname)", "refs/notes/cbd-heads")
+    for name in ("index.lock", "HEAD.lock", f"{ref}.lock"):
+        (place / name).touch()
+    append(workspace, "event", {})
+    close_log(workspace)
+    assert anchored(workspace)["git notes"] == [2, 3] and not list(place.rglob("*.lock"))
+
+
 def test_without_a_registry_the_head_is_beside_the_log_alone(tmp_path: Path) -> None:
     append(tmp_path, "event", {})
     close_log(tmp_path)

@@ -1,10 +1,12 @@
 """`cbd audit verify`: whatever is changed in the evidence of a workspace is refused by name, offline and without torch or MLflow."""
 
+import contextlib
 import json
 import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,8 @@ from cbd.config import canonical_json
 from cbd.errors import DataError, EnvironmentFault
 from cbd.heads import HEADS
 from cbd.keys import ensure_key, read_public_key, sign
-from components.git import git
+from components import verification
+from components.git import git, held
 from components.keyring import rotate_key
 from components.verification import Unverified, verify_all, verify_run
 from pipelines.evidence import place_of
@@ -270,7 +273,9 @@ def test_without_a_workspace_the_latest_demo_is_meant(workspace: Path, tmp_path:
     assert place_of(WORKSPACE) == tmp_path / WORKSPACE and place_of(Path("elsewhere")) == tmp_path / "elsewhere"
 
 
-def test_a_file_of_the_data_registry_that_is_not_as_committed_is_named(workspace: Path) -> None:
+@pytest.fixture
+def registry(workspace: Path) -> Path:
+    """With one file that is committed."""
     registry = workspace / "registry"
     registry.mkdir()
     git(registry, "init", "--quiet", "--initial-branch=main")
@@ -278,15 +283,52 @@ def test_a_file_of_the_data_registry_that_is_not_as_committed_is_named(workspace
     git(registry, "add", "set.json")
     git(registry, "commit", "--quiet", "--message", "Start")
     assert "data registry: its files are as committed, its history is whole" in list(verify_all(workspace))
+    return registry
+
+
+def test_a_file_of_the_data_registry_that_is_not_as_committed_is_named(workspace: Path, registry: Path) -> None:
     (registry / "set.json").write_text("[]")
     refused(workspace, "registry: not as committed: set.json")
-    git(registry, "checkout", "--", ".")
+    git(registry, "add", "set.json")
+    refused(workspace, "registry: not as committed: set.json; run there: git checkout HEAD -- .")
+    git(registry, "checkout", "HEAD", "--", ".")
+    assert list(verify_all(workspace))
+    git(registry, "update-index", "--skip-worktree", "set.json")
+    (registry / "set.json").write_text("[]")
+    refused(workspace, "registry: not as committed: set.json")
+    (registry / "set.json").unlink()
+    refused(workspace, "registry: not as committed: set.json")
+
+
+def test_an_altered_object_of_the_data_registrys_history_is_named(workspace: Path, registry: Path) -> None:
     blob = git(registry, "rev-parse", "HEAD:set.json")
     path = registry / ".git" / "objects" / blob[:2] / blob[2:]
     path.chmod(0o644)
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(EnvironmentFault, match=f"fsck failed: .*{blob[:2]}"):
         list(verify_all(workspace))
+
+
+def test_a_version_that_is_being_stored_is_waited_for(workspace: Path, registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, asked = threading.Event(), threading.Event()
+
+    def store() -> None:
+        with held(registry):
+            (registry / "set.json").write_text("[]")
+            written.set()
+            asked.wait(10)
+            git(registry, "commit", "--quiet", "--all", "--message", "Next")
+
+    def waiting(registry: Path) -> contextlib.AbstractContextManager[None]:
+        asked.set()
+        return held(registry)
+
+    monkeypatch.setattr(verification, "held", waiting)
+    step = threading.Thread(target=store)
+    step.start()
+    written.wait(10)
+    assert "data registry: its files are as committed, its history is whole" in list(verify_all(workspace))
+    step.join()
 
 
 def test_the_timeline_tells_what_happened(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from delivery_files import png
 
+from cbd.audit import append
 from cbd.bundle import BundleCard, bundle_digest
 from cbd.config import Poison
 from cbd.dataset import make_row, read_info, to_batches, write_dataset
@@ -27,6 +28,7 @@ from components.places import kind_of, of_delivery, slug
 from components.poison import poison
 from components.registry import fetch, find, store, versions
 from components.suspect_list import read_suspects
+from components.verification import Unverified, verify_all
 from components.version import version, version_canary, version_control, version_suspects, version_trusted_set
 
 pytestmark = pytest.mark.slow
@@ -107,6 +109,34 @@ def test_a_lost_object_is_refused(workspace: Path, tmp_path: Path) -> None:
     shutil.rmtree(workspace / "remote" / "files")
     with pytest.raises(DataError, match="missing or altered"):
         fetch(git(workspace / "registry", "tag"), tmp_path / "out", workspace=workspace)
+
+
+def test_a_lock_of_a_git_that_was_killed_does_not_stop_the_next_version(workspace: Path, tmp_path: Path) -> None:
+    (workspace / "registry" / ".git" / "index.lock").touch()
+    assert version(make(tmp_path / "data", 600), workspace=str(workspace), supplier="acme")["revision"]
+
+
+def test_what_a_killed_push_left_is_no_object_and_goes_with_the_next_one(workspace: Path, tmp_path: Path) -> None:
+    append(workspace, "event", {})
+    place = next(path for path in (workspace / "remote" / "files" / "md5").iterdir() if path.is_dir())
+    (place / ".Zx_4-half.tmp").write_bytes(b"half")
+    assert "remote: 4 objects of the data registry are what their names say" in list(verify_all(workspace))
+    version(make(tmp_path / "data", 500), workspace=str(workspace), supplier="acme")
+    assert not list((workspace / "remote").rglob("*.tmp"))
+    assert "remote: 8 objects of the data registry are what their names say" in list(verify_all(workspace))
+
+
+def test_objects_of_any_version_that_are_missing_in_the_remote_are_told(workspace: Path, tmp_path: Path) -> None:
+    append(workspace, "event", {})
+    objects = [path for path in (workspace / "remote").rglob("*") if path.is_file()]
+    version(make(tmp_path / "data", 500), workspace=str(workspace), supplier="acme")
+    assert not any(isinstance(told, Unverified) for told in verify_all(workspace))
+    lost = next(path for path in objects if path.suffix != ".dir")
+    lost.unlink()
+    told = f"remote: NOT VERIFIED: 1 objects of versions of the data registry are missing, such as {lost}; restore them"
+    assert [told] == [sentence for sentence in verify_all(workspace) if isinstance(sentence, Unverified)]
+    shutil.rmtree(workspace / "remote")
+    assert any("NOT VERIFIED: 2 objects" in told for told in verify_all(workspace)), "without a folder's list its files are not known"
 
 
 def test_an_unknown_tag_is_named(workspace: Path, tmp_path: Path) -> None:
