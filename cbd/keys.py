@@ -44,7 +44,7 @@ def ensure_key(workspace: Path) -> PrivateKey:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with locked(folder / LOCK):
             named, private = signing_reference(workspace), folder / PRIVATE
-            if is_development(workspace) and not private.exists() and not (folder / PUBLIC).exists():
+            if Path(named).resolve() == private.resolve() and not private.exists() and not (folder / PUBLIC).exists():
                 write_private_key(private, generate_key())
             key = open_key(named)
             if not (folder / PUBLIC).exists():
@@ -90,8 +90,9 @@ def _still(lock: Path) -> Iterator[None]:
 
 
 def is_development(workspace: Path) -> bool:
-    """Whether the workspace signs with a key made by cbd that lies beside the data which it signs."""
-    return signing_reference(workspace) == str(workspace / KEYS / PRIVATE)
+    """Whether the workspace signs with a key that lies in it, beside the data which it signs, however `CBD_SIGNING_KEY` names it."""
+    named = signing_reference(workspace)
+    return not named.startswith(SCHEME) and Path(named).resolve().is_relative_to(workspace.resolve())
 
 
 def signing_reference(workspace: Path) -> str:

@@ -50,7 +50,7 @@ def rotate_key(workspace: Path, *, to: Path | str | None, reason: str, by: str) 
     if (found := key_id(new.public_key())) in known:
         raise DataError(f"{to}: key {found[:12]} signs here or did before, and a revoked key never signs again; give a new one")
     entry = rotate(workspace, new, {"reason": reason, "by": by}, own=to is None)
-    if to is None and is_development(workspace):
+    if to is None and not os.environ.get(ENVIRONMENT):
         close_log(workspace)
     named = str(to) if str(to).startswith(SCHEME) else str(Path(str(to)).resolve())
     following = f"export {ENVIRONMENT}={shlex.quote(named)}" if to else f"unset {ENVIRONMENT}"

@@ -216,23 +216,35 @@ def test_a_rotation_that_the_key_did_not_sign_is_refused_and_takes_no_key_away(t
 
 
 def test_to_a_key_of_ones_own_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    append(tmp_path, "event", {})
-    write_private_key(tmp_path / "mine.pem", generate_key())
-    assert rotate(tmp_path, tmp_path / "mine.pem")["following"] == f"export {ENVIRONMENT}={tmp_path / 'mine.pem'}"
-    assert not (tmp_path / "keys" / "signing.pem").exists(), "a revoked key is not kept"
+    workspace, mine = tmp_path / "workspace", tmp_path / "mine.pem"
+    append(workspace, "event", {})
+    write_private_key(mine, generate_key())
+    assert rotate(workspace, mine)["following"] == f"export {ENVIRONMENT}={mine}"
+    assert not (workspace / "keys" / "signing.pem").exists(), "a revoked key is not kept"
     with pytest.raises(DataError, match=ENVIRONMENT):
-        append(tmp_path, "event", {})
+        append(workspace, "event", {})
+    monkeypatch.setenv(ENVIRONMENT, str(mine))
+    append(workspace, "event", {})
+    assert not is_development(workspace) and list_keys(workspace)[-1]["development"] is False
+    assert rotate(workspace)["following"] == f"unset {ENVIRONMENT}"
+    with pytest.raises(DataError, match="does not belong"):
+        append(workspace, "event", {})
+    monkeypatch.delenv(ENVIRONMENT)
+    append(workspace, "event", {})
+    assert len(verify_log(workspace / LOG, key=load_public_key(workspace))) == 5
+    with pytest.raises(DataError, match="a revoked key never signs again"):
+        rotate(workspace, mine)
+
+
+def test_from_another_key_in_the_workspace_to_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_private_key(tmp_path / "mine.pem", generate_key())
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "mine.pem"))
     append(tmp_path, "event", {})
-    assert not is_development(tmp_path) and list_keys(tmp_path)[-1]["development"] is False
+    assert list_keys(tmp_path)[-1]["development"] is True
     assert rotate(tmp_path)["following"] == f"unset {ENVIRONMENT}"
-    with pytest.raises(DataError, match="does not belong"):
-        append(tmp_path, "event", {})
     monkeypatch.delenv(ENVIRONMENT)
     append(tmp_path, "event", {})
-    assert len(verify_log(tmp_path / LOG, key=load_public_key(tmp_path))) == 5
-    with pytest.raises(DataError, match="a revoked key never signs again"):
-        rotate(tmp_path, tmp_path / "mine.pem")
+    assert len(read_log(tmp_path)) == 3
 
 
 def test_without_a_reason_nothing_is_rotated(workspace: Path) -> None:
