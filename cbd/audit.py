@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 from cbd.config import canonical_json
 from cbd.errors import DataError
+from cbd.files import locked
 from cbd.keys import (
     KEYS,
+    LOCK,
     PRIVATE,
     PUBLIC,
     PrivateKey,
@@ -32,7 +34,7 @@ from cbd.keys import (
     write_public_key,
 )
 from cbd.log_store import LOG as LOG
-from cbd.log_store import FileLog, LogStore, open_log
+from cbd.log_store import End, FileLog, LogStore, open_log
 from cbd.merkle import leaf_hash
 
 FIRST = "0" * 64
@@ -81,11 +83,7 @@ def append(workspace: Path, event: str, data: dict[str, Any], *, key: PrivateKey
             last, signing = last_entry(workspace, log, end.last)
             if key is not None and key_id(key.public_key()) != key_id(signing.public_key()):
                 raise DataError(f"{log}: key {key_id(key.public_key())[:12]} was rotated away meanwhile and signs no more; run again")
-            if end.torn:
-                found = {"sha256": hashlib.sha256(end.torn).hexdigest(), "num_bytes": len(end.torn)}
-                last = _seal("torn", {**found, "text": end.torn[:1000].decode(errors="replace")}, last, signing)
-                end.add(last)
-            entry = _seal(event, data, last, signing)
+            entry = _seal(event, data, _record_torn(end, last, signing), signing)
             if end.add(entry):
                 return entry
 
@@ -107,9 +105,8 @@ def rotate(workspace: Path, new: PrivateKey, data: dict[str, Any], *, own: bool)
     log, folder = open_log(workspace), workspace / KEYS
     while True:
         with log.ending() as end:
-            if end.torn:
-                raise DataError(f"{log}: the last line is torn by a crash; the next run tidies it up, rotate after it")
             last, signing = last_entry(workspace, log, end.last)
+            last = _record_torn(end, last, signing)
             if own:
                 write_private_key(folder / NEXT, new)
             keys = {"from": to_pem(signing.public_key()), "to": to_pem(new.public_key()), "key_id": key_id(new.public_key())}
@@ -134,10 +131,19 @@ def verify_log(log: Path, *, key: PublicKey | None = None) -> list[Entry]:
     return [line.entry for line in walk_lines(FileLog(log), key=key)] if log.exists() else []
 
 
-def walk_lines(log: LogStore, *, key: PublicKey | None) -> Iterator[Line]:
-    """As `verify_log`, line by line, of which no more than one is held; those before the first bad one were yielded when this raises."""
-    previous, current = FIRST, _first_key(log, key)
-    for number, text in enumerate(log.lines(), 1):
+def walk_lines(log: LogStore, *, key: PublicKey | None, until: int | None = None) -> Iterator[Line]:
+    """As `verify_log`, line by line, of which no more than one is held; those before the first bad one were yielded when this raises.
+
+    A crash may have come after a rotation's line and before its keys: a last line by which `key` hands over is whole, too.
+
+    Args:
+        log: the log.
+        key: what signs now.
+        until: where to stop, as `LogStore.still` says.
+    """
+    previous, current = FIRST, _first_key(log, key, until)
+    signer = current
+    for number, text in enumerate(log.lines(until), 1):
         try:
             entry = parse_line(text)
             if entry["seq"] != number or entry["previous"] != previous:
@@ -148,8 +154,8 @@ def walk_lines(log: LogStore, *, key: PublicKey | None) -> Iterator[Line]:
         except ValueError as error:
             raise DataError(f"{log}: line {number} {error}; restore the log from a copy") from None
         yield Line(entry, leaf_hash(text[:-1]), current, following)
-        previous, current = entry["hash"], following
-    if key is not None and current is not None and key_id(current) != key_id(key):
+        previous, signer, current = entry["hash"], current, following
+    if key is not None and current is not None and key_id(key) not in (key_id(signer or current), key_id(current)):
         raise DataError(f"{log}: ends under key {key_id(current)[:12]}, expected {key_id(key)[:12]}; restore the key or the log")
 
 
@@ -227,27 +233,44 @@ def _signs_after(last: Entry, key: PublicKey) -> bool:
     return verify(bytes.fromhex(last["hash"]), last["signature"], key)
 
 
+def _record_torn(end: End, last: Entry | None, key: PrivateKey) -> Entry | None:
+    """The log's last entry, after what a crash left of a line was cut off and recorded, if there was any."""
+    if not end.torn:
+        return last
+    found = {"sha256": hashlib.sha256(end.torn).hexdigest(), "num_bytes": len(end.torn)}
+    torn = _seal("torn", {**found, "text": end.torn[:1000].decode(errors="replace")}, last, key)
+    end.add(torn)
+    return torn
+
+
 def _finish_rotation(workspace: Path, last: Entry | None) -> None:
-    """Puts the keys in place that the last entry, if it is a rotation, hands over to: a crash may have come between."""
+    """Puts the keys in place that the last entry, if it is a rotation, hands over to: a crash may have come between.
+
+    At no moment do two keys lie there that do not belong together.
+    """
     folder = workspace / KEYS
     following, private, public = (folder / name for name in (NEXT, PRIVATE, PUBLIC))
     if last is None or last["event"] != ROTATE or not public.exists():
         following.unlink(missing_ok=True)
         return
     before, after = handed_over(last)
-    if key_id(read_public_key(public)) == key_id(before) and verify(bytes.fromhex(last["hash"]), last["signature"], before):
-        write_public_key(public, after)
-    if following.exists() and key_id(read_private_key(following).public_key()) == key_id(after):
-        os.replace(following, private)
-    elif private.exists() and key_id(read_private_key(private).public_key()) == key_id(before):
-        private.unlink()
+    with locked(folder / LOCK):
+        told = key_id(read_public_key(public))
+        if told not in (key_id(before), key_id(after)) or not verify(bytes.fromhex(last["hash"]), last["signature"], before):
+            return
+        if private.exists() and key_id(read_private_key(private).public_key()) == key_id(before):
+            private.unlink()
+        if told == key_id(before):
+            write_public_key(public, after)
+        if following.exists() and key_id(read_private_key(following).public_key()) == key_id(after):
+            os.replace(following, private)
 
 
-def _first_key(log: LogStore, key: PublicKey | None) -> PublicKey | None:
+def _first_key(log: LogStore, key: PublicKey | None, until: int | None) -> PublicKey | None:
     """The key that the log began with: what handed over in the first rotation, or without one the key that signs now."""
     if key is None:
         return None
-    for number, text in enumerate(log.lines(), 1):
+    for number, text in enumerate(log.lines(until), 1):
         if b'"event":"rotate"' not in text:
             continue
         try:

@@ -32,7 +32,10 @@ def read_log(workspace: Path) -> list[Entry]:
 
 
 def walk(workspace: Path) -> Iterator[Line]:
-    """As `read_log`, line by line; those before the first bad one were yielded when this raises."""
+    """As `read_log`, line by line; those before the first bad one were yielded when this raises.
+
+    What a crash left of an unfinished line is passed over: the next entry cuts it off and records it.
+    """
     log = open_log(workspace)
     heads = read_heads(log, newest=True)
     if not log.exists():
@@ -40,7 +43,9 @@ def walk(workspace: Path) -> Iterator[Line]:
             raise DataError(f"{log}: missing, and {log.heads_told} says that it had {heads[-1]['size']} lines; restore it from a copy")
         return
     matching = Matching((log.heads_told, head) for head in heads)
-    for line in walk_lines(log, key=load_public_key(workspace)):
+    with log.still() as (end, _):
+        key = load_public_key(workspace)
+    for line in walk_lines(log, key=key, until=end):
         matching.add(line)
         yield line
     matching.finish()

@@ -2,8 +2,11 @@
 
 import base64
 import binascii
+import contextlib
+import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -19,6 +22,8 @@ ENVIRONMENT = "CBD_SIGNING_KEY"
 KEYS = "keys"
 """Folder of the workspace: `signing.pem` (made here: a development key), `signing.pub`, `trusted/<key id>.pub`."""
 PRIVATE, PUBLIC = "signing.pem", "signing.pub"
+LOCK = ".lock"
+"""Beside the keys: who reads or writes both of them holds it."""
 
 PrivateKey = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
@@ -37,16 +42,17 @@ def ensure_key(workspace: Path) -> PrivateKey:
     folder = workspace / KEYS
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with locked(folder / ".lock"):
+        with locked(folder / LOCK):
             named, private = signing_reference(workspace), folder / PRIVATE
-            if is_development(workspace) and not private.exists() and not (folder / PUBLIC).exists():
+            if Path(named).resolve() == private.resolve() and not private.exists() and not (folder / PUBLIC).exists():
                 write_private_key(private, generate_key())
             key = open_key(named)
             if not (folder / PUBLIC).exists():
                 write_public_key(folder / PUBLIC, key.public_key())
+            told = read_public_key(folder / PUBLIC)
     except OSError as error:
         raise disk_fault(folder, error) from None
-    if key_id(key.public_key()) != key_id(told := read_public_key(folder / PUBLIC)):
+    if key_id(key.public_key()) != key_id(told):
         raise DataError(
             f"{named}: is key {key_id(key.public_key())[:12]}, which does not belong to {PUBLIC} (key {key_id(told)[:12]}) of {workspace}; "
             "sign with that one, or change over with: cbd keys rotate"
@@ -63,17 +69,30 @@ def load_public_key(workspace: Path) -> PublicKey:
     path, private = workspace / KEYS / PUBLIC, workspace / KEYS / PRIVATE
     if not path.exists():
         raise DataError(f"{path}: no such key; give the workspace in which the decision was made")
-    key = read_public_key(path)
-    if path.read_bytes() != to_pem(key).encode():
-        raise DataError(f"{path}: was edited: it is not written as cbd writes keys; restore it")
-    if private.exists() and key_id(read_private_key(private).public_key()) != key_id(key):
-        raise DataError(f"{path}: does not belong to {private.name} beside it; restore the pair")
+    with _still(path.with_name(LOCK)):
+        key = read_public_key(path)
+        if path.read_bytes() != to_pem(key).encode():
+            raise DataError(f"{path}: was edited: it is not written as cbd writes keys; restore it")
+        if private.exists() and key_id(read_private_key(private).public_key()) != key_id(key):
+            raise DataError(f"{path}: does not belong to {private.name} beside it; restore the pair")
     return key
 
 
+@contextlib.contextmanager
+def _still(lock: Path) -> Iterator[None]:
+    """Nobody changes the keys while the block lasts; a copy without the file is nobody's."""
+    if not lock.exists():
+        yield
+        return
+    with lock.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
 def is_development(workspace: Path) -> bool:
-    """Whether the workspace signs with a key made by cbd that lies beside the data which it signs."""
-    return signing_reference(workspace) == str(workspace / KEYS / PRIVATE)
+    """Whether the workspace signs with a key that lies in it, beside the data which it signs, however `CBD_SIGNING_KEY` names it."""
+    named = signing_reference(workspace)
+    return not named.startswith(SCHEME) and Path(named).resolve().is_relative_to(workspace.resolve())
 
 
 def signing_reference(workspace: Path) -> str:

@@ -46,8 +46,14 @@ class LogStore(Protocol):
     def exists(self) -> bool:
         """Whether there is a line."""
 
-    def lines(self) -> Iterator[bytes]:
-        """All lines with their ends, oldest first; of a file the last may be torn."""
+    def lines(self, until: int | None = None) -> Iterator[bytes]:
+        """All lines with their ends, oldest first, or those up to there; of a file the last may be torn."""
+
+    def still(self) -> contextlib.AbstractContextManager[tuple[int | None, int | None]]:
+        """Where the last complete line ends, and what a crash left after it: both for `lines`. No process writes while the block lasts.
+
+        None where nobody can be kept from writing.
+        """
 
     def ending(self) -> contextlib.AbstractContextManager[End]:
         """The end of the log, for as long as the block lasts."""
@@ -88,15 +94,24 @@ class FileLog:
         """A file without a line is none: who makes it makes the key next, which a reader would miss."""
         return self.path.is_file() and self.path.stat().st_size > 0
 
-    def lines(self) -> Iterator[bytes]:
-        """Up to where the file ended when no process was writing to it: a line that is being written is not there yet."""
+    def lines(self, until: int | None = None) -> Iterator[bytes]:
+        """All: up to where the file ended when no process was writing to it. A line that is being written is not there yet."""
+        if until is None:
+            with self.still() as (_, until):
+                pass
         with self.path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            left = os.fstat(file.fileno()).st_size
-            fcntl.flock(file, fcntl.LOCK_UN)
+            left = until
             while left > 0 and (line := file.readline(left)):
                 left -= len(line)
                 yield line
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[tuple[int, int]]:
+        """See `LogStore`; it needs no right to write."""
+        with self.path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            end, torn = complete_end(file.fileno())
+            yield end, end + len(torn)
 
     @contextlib.contextmanager
     def ending(self) -> Iterator["_FileEnd"]:

@@ -25,7 +25,7 @@ from cbd.token_key import SCHEME
 from components.anchors import close_log
 
 TRUSTED = "trusted"
-"""Folder beside the keys: `<key id>.pub` of others whose proofs and bundles are believed here."""
+"""Folder beside the keys: `<key id>.pub` of others whose proofs are believed here."""
 
 
 def rotate_key(workspace: Path, *, to: Path | str | None, reason: str, by: str) -> dict[str, Any]:

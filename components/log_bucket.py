@@ -45,8 +45,13 @@ class BucketLog:
     def exists(self) -> bool:
         return any(True for _ in self._lines.find())
 
-    def lines(self) -> Iterator[bytes]:
-        yield from self.copied([listed for _, listed in self._lines.find()])
+    def lines(self, until: int | None = None) -> Iterator[bytes]:
+        yield from self.copied([listed for _, listed in self._lines.find()][:until])
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[tuple[None, None]]:
+        """Others may go on meanwhile; no line is ever torn."""
+        yield None, None
 
     @contextlib.contextmanager
     def ending(self) -> Iterator["_BucketEnd"]:

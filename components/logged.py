@@ -61,9 +61,10 @@ def read_evidence(workspace: Path, *, trusted: Sequence[PublicKey] = ()) -> tupl
     if not log.exists():
         Matching((place, head) for place, heads in anchors for head in heads).finish()
         raise DataError(f"{log}: no log there; give the workspace of the runs with --workspace")
-    evidence = Evidence(workspace, load_public_key(workspace))
+    with log.still() as (_, end):
+        evidence = Evidence(workspace, load_public_key(workspace))
     matching = Matching((place, head) for place, heads in anchors for head in heads)
-    for line in walk_lines(log, key=evidence.key):
+    for line in walk_lines(log, key=evidence.key, until=end):
         matching.add(line)
         _note(evidence, line)
     matching.finish()

@@ -48,7 +48,7 @@ def list_keys(workspace: Path, as_json: bool) -> int:
 @workspace_option
 @as_json
 def trust(file: Path, remove: bool, workspace: Path, as_json: bool) -> int:
-    """Believe what the public key in FILE signed, in proofs and bundles of others."""
+    """Believe what the public key in FILE signed, in proofs of others; for an exported run name it with --trust."""
     from components.keyring import trust_key
 
     return tell(trust_key(workspace.resolve(), file, remove=remove), as_json, f"cbd keys list{_place(workspace)}")

@@ -7,7 +7,7 @@ from typing import Any
 from cbd.errors import ConfigError, DataError
 from cbd.files import replacing
 from cbd.heads import walk
-from cbd.keys import load_public_key, read_public_key
+from cbd.keys import KEYS, PUBLIC, load_public_key, read_public_key
 from components.keyring import trusted_keys
 from components.proof import check_proof, make_proof
 from components.verification import verify_all, verify_run
@@ -26,8 +26,10 @@ def verify(subject: str | None, workspace: Path, *, trust: Sequence[Path], since
         yield f"workspace: {place}"
         yield from verify_all(place, trusted=keys)
     elif Path(subject).is_file():
-        own = [load_public_key(place)] if (place / "keys").is_dir() else []
-        if not keys and not (keys := own + trusted_keys(place)):
+        if not keys:
+            own = [load_public_key(place)] if (place / KEYS / PUBLIC).exists() else []
+            keys = own + trusted_keys(place)
+        if not keys:
             raise ConfigError(f"{subject}: a proof is worth what its key is; name the public key that you trust with --trust KEY")
         yield from check_proof(Path(subject), keys, since=since)
     else:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,7 @@ def test_a_crash_in_a_rotation_leaves_one_key_in_charge(tmp_path: Path, monkeypa
         patch.setattr(f"cbd.{crash_at}", crash)
         with pytest.raises(KeyboardInterrupt):
             rotate(tmp_path)
+    assert read_log(tmp_path) and list(verify_all(tmp_path)) and list_keys(tmp_path), "readers go on"
     append(tmp_path, "event", {})
     entries, key = read_log(tmp_path), load_public_key(tmp_path)
     handed_over = [entry for entry in entries if entry["event"] == "rotate"]
@@ -173,24 +175,92 @@ def test_a_crash_in_a_rotation_leaves_one_key_in_charge(tmp_path: Path, monkeypa
     assert not (tmp_path / "keys" / "next.pem").exists()
 
 
-def test_to_a_key_of_ones_own_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_crash_in_a_rotation_or_in_a_line_keys_can_be_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     append(tmp_path, "event", {})
-    write_private_key(tmp_path / "mine.pem", generate_key())
-    assert rotate(tmp_path, tmp_path / "mine.pem")["following"] == f"export {ENVIRONMENT}={tmp_path / 'mine.pem'}"
-    assert not (tmp_path / "keys" / "signing.pem").exists(), "a revoked key is not kept"
-    with pytest.raises(DataError, match=ENVIRONMENT):
+    with monkeypatch.context() as patch:
+        patch.setattr("cbd.audit._finish_rotation", lambda workspace, last: None)
+        audit.rotate(tmp_path, generate_key(), {}, own=True)
+    with (tmp_path / LOG).open("ab") as file:
+        file.write(b'{"data":{"a"')
+    assert len(read_log(tmp_path)) == 2, "a line that a crash left unfinished is none"
+    with pytest.raises(DataError, match="line 3 is torn"):
+        list(verify_all(tmp_path))
+    rotate(tmp_path)
+    assert [entry["event"] for entry in read_log(tmp_path)] == ["event", "rotate", "torn", "rotate"] and list(verify_all(tmp_path))
+
+
+@pytest.mark.parametrize("read", [read_log, load_public_key, ensure_key, lambda workspace: list(verify_all(workspace))])
+def test_who_reads_while_keys_are_handed_over_waits_for_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], Any]
+) -> None:
+    """Between log, public and private key there are moments in which they do not belong together."""
+    append(tmp_path, "event", {})
+    write, reading = audit.write_public_key, []
+
+    def write_slowly(path: Path, key: Any) -> None:
+        reading.append(pool.submit(read, tmp_path))
+        with pytest.raises(TimeoutError):
+            reading[0].result(timeout=0.2)
+        write(path, key)
+
+    with ThreadPoolExecutor() as pool:
+        monkeypatch.setattr("cbd.audit.write_public_key", write_slowly)
+        rotate(tmp_path)
+        assert reading[0].result(timeout=30)
+
+
+def test_the_public_key_before_a_rotation_is_refused_once_the_next_one_signed(workspace: Path) -> None:
+    old = read_log(workspace)[2]["data"]["from"]
+    (workspace / "keys" / "signing.pem").unlink()
+    (workspace / "keys" / "signing.pub").write_text(old)
+    with pytest.raises(DataError, match="ends under key"):
+        read_log(workspace)
+
+
+def test_a_rotation_that_the_key_did_not_sign_is_refused_and_takes_no_key_away(tmp_path: Path) -> None:
+    append(tmp_path, "event", {})
+    first, mine, stranger = read_log(tmp_path)[0], ensure_key(tmp_path), generate_key()
+    keys = {"from": audit.to_pem(mine.public_key()), "to": audit.to_pem(stranger.public_key()), "key_id": key_id(stranger.public_key())}
+    forged = audit._seal("rotate", keys, first, stranger)
+    with (tmp_path / LOG).open("ab") as file:
+        file.write(canonical_json(forged) + b"\n")
+    with pytest.raises(DataError, match="line 2 was not signed by the key of that time"):
+        read_log(tmp_path)
+    with pytest.raises(DataError, match="does not sign after the last line"):
         append(tmp_path, "event", {})
+    assert ensure_key(tmp_path).private_numbers() == mine.private_numbers()
+
+
+def test_to_a_key_of_ones_own_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace, mine = tmp_path / "workspace", tmp_path / "mine.pem"
+    append(workspace, "event", {})
+    write_private_key(mine, generate_key())
+    assert rotate(workspace, mine)["following"] == f"export {ENVIRONMENT}={mine}"
+    assert not (workspace / "keys" / "signing.pem").exists(), "a revoked key is not kept"
+    with pytest.raises(DataError, match=ENVIRONMENT):
+        append(workspace, "event", {})
+    monkeypatch.setenv(ENVIRONMENT, str(mine))
+    append(workspace, "event", {})
+    assert not is_development(workspace) and list_keys(workspace)[-1]["development"] is False
+    assert rotate(workspace)["following"] == f"unset {ENVIRONMENT}"
+    with pytest.raises(DataError, match="does not belong"):
+        append(workspace, "event", {})
+    monkeypatch.delenv(ENVIRONMENT)
+    append(workspace, "event", {})
+    assert len(verify_log(workspace / LOG, key=load_public_key(workspace))) == 5
+    with pytest.raises(DataError, match="a revoked key never signs again"):
+        rotate(workspace, mine)
+
+
+def test_from_another_key_in_the_workspace_to_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_private_key(tmp_path / "mine.pem", generate_key())
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "mine.pem"))
     append(tmp_path, "event", {})
-    assert not is_development(tmp_path) and list_keys(tmp_path)[-1]["development"] is False
+    assert list_keys(tmp_path)[-1]["development"] is True
     assert rotate(tmp_path)["following"] == f"unset {ENVIRONMENT}"
-    with pytest.raises(DataError, match="does not belong"):
-        append(tmp_path, "event", {})
     monkeypatch.delenv(ENVIRONMENT)
     append(tmp_path, "event", {})
-    assert len(verify_log(tmp_path / LOG, key=load_public_key(tmp_path))) == 5
-    with pytest.raises(DataError, match="a revoked key never signs again"):
-        rotate(tmp_path, tmp_path / "mine.pem")
+    assert len(read_log(tmp_path)) == 3
 
 
 def test_without_a_reason_nothing_is_rotated(workspace: Path) -> None:

@@ -151,6 +151,28 @@ def test_a_key_from_the_environment_signs_and_none_is_made(tmp_path: Path, monke
         append(tmp_path / "workspace", "event", {})
 
 
+@pytest.mark.parametrize("name", ["keys/signing.pem", "{0}/keys/../keys/signing.pem", "{0}/mine.pem", "link.pem"])
+def test_a_key_in_the_workspace_is_a_development_key_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    key = generate_key()
+    for path in (tmp_path / "keys" / "signing.pem", tmp_path / "mine.pem"):
+        write_private_key(path, key)
+    (tmp_path / "link.pem").symlink_to(tmp_path / "mine.pem")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(ENVIRONMENT, name.format(tmp_path))
+    assert ensure_key(tmp_path).private_numbers() == key.private_numbers()
+    assert is_development(tmp_path) and is_development(Path())
+    monkeypatch.setenv(ENVIRONMENT, "pkcs11:token=x")
+    assert not is_development(tmp_path)
+
+
+def test_a_key_that_the_environment_names_by_the_workspaces_own_name_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT, f"{tmp_path}/keys/../keys/signing.pem")
+    append(tmp_path, "event", {})
+    assert is_development(tmp_path) and load_public_key(tmp_path)
+
+
 def test_another_key_from_the_environment_does_not_sign_where_one_signed_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     append(tmp_path, "event", {})
     before = (tmp_path / "audit.jsonl").read_bytes()

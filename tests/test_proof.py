@@ -170,3 +170,17 @@ def test_the_commands(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert cbd(capsys, "audit", "verify", str(out), *elsewhere)[0] == 2
     trust_key(tmp_path / "elsewhere", tmp_path / "first.pub")
     assert cbd(capsys, "audit", "verify", str(out), *elsewhere)[0] == 0
+
+
+def test_an_auditor_without_a_workspace_of_his_own_believes_the_key_that_he_trusts(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, key = proven(workspace, tmp_path / "proof.json"), tmp_path / "first.pub"
+    write_public_key(key, first_key(workspace))
+    his = ("--workspace", str(tmp_path / "auditor"))
+    assert cbd(capsys, "audit", "verify", str(path), *his)[0] == 2, "he trusts nobody yet"
+    assert cbd(capsys, "keys", "trust", str(key), *his)[0] == 0
+    assert cbd(capsys, "audit", "verify", str(path), *his)[0] == 0
+    assert cbd(capsys, "audit", "verify", str(path), *his, "--trust", str(key))[0] == 0
+    assert cbd(capsys, "keys", "trust", str(key), "--remove", *his)[0] == 0
+    assert cbd(capsys, "audit", "verify", str(path), *his)[0] == 2
