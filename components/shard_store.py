@@ -4,7 +4,10 @@ DVC's hashes are MD5, so they only find what was damaged by accident; who fetche
 """
 
 import contextlib
+import functools
+import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,10 +98,20 @@ def told_as_damage(tag: str, out: Path) -> Iterator[None]:
 
 
 def _dvc() -> Any:
-    """DVC's repository class, with its advice for people at a terminal switched off."""
+    """DVC's repository class, with its advice for people at a terminal switched off.
+
+    It reads pickles from its caches, which lie where everybody may write, or where the registry's own settings say: it gets new ones.
+    """
     import logging
 
     from dvc.repo import Repo
 
     logging.getLogger("dvc").setLevel(logging.WARNING)
+    os.environ["DVC_SITE_CACHE_DIR"] = _new_caches().name
     return Repo
+
+
+@functools.cache
+def _new_caches() -> tempfile.TemporaryDirectory[str]:
+    """Of this process alone, with which they go."""
+    return tempfile.TemporaryDirectory(prefix="cbd-")

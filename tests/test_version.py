@@ -360,6 +360,16 @@ def test_the_users_git_settings_and_hooks_do_not_matter(workspace: Path, tmp_pat
     assert version(make(tmp_path / "data", 400), workspace=str(workspace), supplier="acme")["revision"]
 
 
+@pytest.mark.parametrize("name", ["config", "config.local"])
+def test_no_pickle_is_read_from_where_the_registrys_own_settings_say(workspace: Path, tmp_path: Path, name: str) -> None:
+    settings = workspace / "registry" / ".dvc" / name
+    text = settings.read_text() if settings.exists() else "[core]\n"
+    settings.write_text(text.replace("[core]\n", f"[core]\n    site_cache_dir = {tmp_path / 'planted'}\n"))
+    stored = version(make(tmp_path / "data", 700), workspace=str(workspace), supplier="acme")
+    fetch(stored["tag"], tmp_path / "out", workspace=workspace)
+    assert not (tmp_path / "planted").exists()
+
+
 def test_an_unwritable_workspace_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "ws").write_text("a file")
     with pytest.raises(EnvironmentFault, match="cannot write .*registry"):
