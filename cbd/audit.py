@@ -142,19 +142,21 @@ def walk_lines(log: LogStore, *, key: PublicKey | None, until: int | None = None
         until: where to stop, as `LogStore.still` says.
     """
     previous, current = FIRST, _first_key(log, key, until)
-    signer = current
+    signer, time = current, ""
     for number, text in enumerate(log.lines(until), 1):
         try:
             entry = parse_line(text)
             if entry["seq"] != number or entry["previous"] != previous:
                 raise ValueError(f"has number {entry['seq']} and does not follow the line before: entries were removed or reordered")
+            if entry["time"] < time:
+                raise ValueError(f"is dated {entry['time']!r:.40}, before the line that it follows, {time!r:.40}")
             if current is not None and not verify(bytes.fromhex(entry["hash"]), entry["signature"], current):
                 raise ValueError(f"was not signed by the key of that time, {key_id(current)[:12]}")
             following = key_after(entry, current)
         except ValueError as error:
             raise DataError(f"{log}: line {number} {error}; restore the log from a copy") from None
         yield Line(entry, leaf_hash(text[:-1]), current, following)
-        previous, signer, current = entry["hash"], current, following
+        previous, time, signer, current = entry["hash"], entry["time"], current, following
     if key is not None and current is not None and key_id(key) not in (key_id(signer or current), key_id(current)):
         raise DataError(f"{log}: ends under key {key_id(current)[:12]}, expected {key_id(key)[:12]}; restore the key or the log")
 

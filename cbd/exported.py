@@ -20,7 +20,7 @@ from cbd.decision import DECISION, SignedDecision, open_decision
 from cbd.errors import DataError
 from cbd.files import sha256_file
 from cbd.keys import PublicKey
-from cbd.log_slice import LOG_SLICE, check_slice, vouched_keys
+from cbd.log_slice import LOG_SLICE, check_slice, open_slice
 from cbd.signed_model import check_model
 
 MANIFEST = "manifest.json"
@@ -55,10 +55,10 @@ def verify_export(folder: Path, keys: Sequence[PublicKey]) -> dict[str, Any]:
     manifest = unseal(_read(folder, MANIFEST), keys, told=str(folder / MANIFEST))
     files = _manifest_files(manifest, folder)
     _check_files(folder, found, files)
-    keys = vouched_keys(_read(folder, LOG_SLICE), keys, told=str(folder / LOG_SLICE))
+    log = open_slice(_read(folder, LOG_SLICE), keys, told=str(folder / LOG_SLICE))
     place = folder / MODEL
     has_model = f"{MODEL}/{CARD}" in files
-    signed = check_model(place, keys) if has_model else open_decision(place, keys)
+    signed = check_model(place, log.keys) if has_model else open_decision(place, log.keys)
     content = signed.content
     run_id, decided = (manifest["predicate"].get(name) for name in ("run_id", "decision_digest"))
     if (run_id, decided) != (content["run_id"], signed.digest):
@@ -66,11 +66,11 @@ def verify_export(folder: Path, keys: Sequence[PublicKey]) -> dict[str, Any]:
     if (content["digests"]["model"] is not None) != has_model:
         raise DataError(f"{place / CARD}: {'the decision is on no model' if has_model else 'missing'}; export the run again")
     _check_evidence(folder, files, signed)
-    check_chain(read_chain(folder / ATTESTATIONS, signed, keys, bom=files.get(BOM)))
+    check_chain(read_chain(folder / ATTESTATIONS, signed, log.keys, bom=files.get(BOM)))
     told = {"run_id": run_id, "verdict": content["verdict"], "trial": content["trial"], "decided": content["created"]}
     told |= {"decision_digest": signed.digest, "model_digest": content["digests"]["model"], "data_digest": content["digests"]["data"]}
     told |= {"key_id": content["signed_by"]["key_id"], "development_key": content["signed_by"]["development"]}
-    return told | check_slice(_read(folder, LOG_SLICE), signed, keys, told=str(folder / LOG_SLICE)) | {"num_files": len(files) + 1}
+    return told | check_slice(log, signed) | {"num_files": len(files) + 1}
 
 
 def expected_files(digests: Mapping[str, Any]) -> set[str]:

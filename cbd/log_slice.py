@@ -4,7 +4,7 @@ Where keys were rotated since, the rotations are in it, proven likewise: the key
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from cbd.audit import ROTATE, Entry, handed_over, parse_line
 from cbd.config import canonical_json, parse_canonical
@@ -15,6 +15,17 @@ from cbd.keys import PublicKey, key_id, verify
 from cbd.merkle import Hash, includes, inclusion_proof, leaf_hash
 
 LOG_SLICE = "log.json"
+
+
+class Slice(NamedTuple):
+    """A slice whose head a trusted key signed; its lines are not looked at yet."""
+
+    head: Head
+    lines: list[dict[str, Any]]
+    keys: list[PublicKey]
+    """Who is believed: those that are trusted, and those that handed over to the one that signed the head."""
+    told: str
+    """How an error names it."""
 
 
 def make_slice(lines: Iterable[tuple[Entry, Hash]], head: Head, signed: SignedDecision) -> bytes:
@@ -60,8 +71,8 @@ def check_proven(line: Any, head: Head, *, told: str) -> Entry:
     return entry
 
 
-def vouched_keys(data: bytes, keys: Sequence[PublicKey], *, told: str) -> list[PublicKey]:
-    """These keys, and those that handed over to the one of them that signed the slice's head, which is over their rotations.
+def open_slice(data: bytes, keys: Sequence[PublicKey], *, told: str) -> Slice:
+    """The slice, and besides these keys those that handed over to the one of them that signed its head, which is over their rotations.
 
     A key vouches for those before it, never for one after it: nobody else can have it sign a head over a rotation to it.
 
@@ -73,7 +84,7 @@ def vouched_keys(data: bytes, keys: Sequence[PublicKey], *, told: str) -> list[P
     Raises:
         DataError: no slice, its head is of none of the keys, or a rotation is not in its tree or hands over to another key.
     """
-    head, _, rotations = _parse(data, told)
+    head, lines, rotations = _parse(data, told)
     current = next((key for key in keys if is_by(head, key)), None)
     if current is None:
         raise DataError(f"{told}: the head is altered, or of key {head['key_id'][:12]!r}, not a trusted one; export the run again")
@@ -89,24 +100,20 @@ def vouched_keys(data: bytes, keys: Sequence[PublicKey], *, told: str) -> list[P
             raise DataError(f"{told}: line {entry['seq']} hands over to another key than {key_id(current)[:12]}; export the run again")
         found.append(old)
         current, before = old, entry["seq"]
-    return found
+    return Slice(head, lines, found, told)
 
 
-def check_slice(data: bytes, signed: SignedDecision, keys: Sequence[PublicKey], *, told: str) -> dict[str, Any]:
+def check_slice(found: Slice, signed: SignedDecision) -> dict[str, Any]:
     """The head's size and time, what became of the model, and how many lines there are, after checking every signature and proof.
 
     Args:
-        data: what `make_slice` gave.
+        found: the slice.
         signed: the decision, which one of the lines must name.
-        keys: who may have signed head and lines.
-        told: how an error names it.
 
     Raises:
-        DataError: no slice, edited, not in the tree, signed by no trusted key, or the decision is not in it.
+        DataError: a line is edited, not in the tree or signed by no key that is believed, or the decision is not in it.
     """
-    head, lines, _ = _parse(data, told)
-    if not any(is_by(head, key) for key in keys):
-        raise DataError(f"{told}: the head is altered, or of key {head['key_id'][:12]!r}, not a trusted one; export the run again")
+    head, lines, keys, told = found
     entries = [check_proven(line, head, told=f"{told}: line {number} of it") for number, line in enumerate(lines, 1)]
     for number, entry in enumerate(entries, 1):
         if not any(verify(bytes.fromhex(entry["hash"]), entry["signature"], key) for key in keys):

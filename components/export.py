@@ -18,18 +18,11 @@ from cbd.model_signature import MODEL_SIGNATURE
 from components.anchors import close_log
 from components.attestation import folder_of
 from components.decision import read_decision
+from components.run_checks import SUBJECTS
 from components.summary import Run, read_run
 
-_MADE_BY = {
-    WEIGHTS: ("train_deconfounded", "model"),
-    CARD: ("train_deconfounded", "model"),
-    "validation.json": ("validate", "validation"),
-    "evaluation.json": ("evaluate", "evaluation"),
-    "scan.json": ("scan", "scanned"),
-    "canary.json": ("canary", "canary"),
-    **dict.fromkeys((DECISION, SIGNATURE, MODEL_SIGNATURE, BOM), ("decide", "decision")),
-}
-"""Which step made a file, and in which of its artifacts."""
+_DECIDED = (DECISION, SIGNATURE, MODEL_SIGNATURE, BOM)
+"""Files of the artifact `decide/decision`."""
 
 
 def export_run(run_dir: Path, workspace: Path, out: Path) -> dict[str, Any]:
@@ -81,7 +74,9 @@ def _source(run: Run, run_dir: Path, name: str) -> Path:
     elif folder == DATA:
         path = run.path("ingest", file.removesuffix(".json"), "dataset.json")
     else:
-        path = run.path(*_MADE_BY[file], file)
+        subject = "model" if file in (WEIGHTS, CARD) else file.removesuffix(".json")
+        step, _, artifact = ("decide/decision" if file in _DECIDED else SUBJECTS[subject][0]).partition("/")
+        path = run.path(step, artifact, file)
     if path is None or not path.is_file():
         raise DataError(f"{run_dir}: {file} is missing there, it was removed or made by an older version; export a whole run")
     return path

@@ -56,8 +56,9 @@ def read_evidence(workspace: Path, *, trusted: Sequence[PublicKey] = ()) -> tupl
     """
     log = open_log(workspace)
     anchors = list(read_anchors(workspace))
-    if (workspace / HEADS).exists() and not (workspace / HEADS).read_bytes().endswith(b"\n"):
-        raise DataError(f"{workspace / HEADS}: its last line is torn; restore it from a copy, or run the pipeline, which tidies it up")
+    heads_file = workspace / HEADS
+    if heads_file.exists() and heads_file.stat().st_size > 0 and not heads_file.read_bytes().endswith(b"\n"):
+        raise DataError(f"{heads_file}: its last line is torn; restore it from a copy, or run the pipeline, which tidies it up")
     if not log.exists():
         Matching((place, head) for place, heads in anchors for head in heads).finish()
         raise DataError(f"{log}: no log there; give the workspace of the runs with --workspace")

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from cbd import lines
-from cbd.audit import FIRST, append, verify_log
+from cbd.audit import FIRST, _hash, append, verify_log
+from cbd.config import canonical_json
 from cbd.errors import DataError, EnvironmentFault
 from cbd.files import locked
 from cbd.heads import read_log
-from cbd.keys import ensure_key, load_public_key, to_pem
+from cbd.keys import ensure_key, load_public_key, sign, to_pem
 from cbd.log_store import FileLog
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -47,6 +48,18 @@ def test_the_log_reads_back_what_was_written(log: Path) -> None:
     assert entries[0]["previous"] == FIRST and entries[4]["previous"] == entries[3]["hash"]
     assert entries[2]["data"] == {"number": 2, "name": "é\n\x1b"}
     assert b"\x1b" not in log.read_bytes() and log.read_bytes().count(b"\n") == 5
+
+
+def test_a_line_dated_before_the_one_that_it_follows_is_named(log: Path) -> None:
+    """Whoever has the key may date it as he likes: by that an override that is over would count again."""
+    last, key = verify_log(log)[-1], ensure_key(log.parent)
+    entry = {"seq": 6, "time": "2020-01-01T00:00:00.000Z", "event": "event", "data": {}, "previous": last["hash"]}
+    digest = _hash(entry)
+    entry |= {"hash": digest, "signature": sign(bytes.fromhex(digest), key)}
+    with log.open("ab") as file:
+        file.write(canonical_json(entry) + b"\n")
+    with pytest.raises(DataError, match="line 6 is dated '2020-01-01T00:00:00.000Z', before the line that it follows"):
+        verify_log(log, key=load_public_key(log.parent))
 
 
 def test_no_log_has_no_entries(tmp_path: Path) -> None:

@@ -241,6 +241,14 @@ def test_a_changed_object_of_the_dvc_remote_is_named(workspace: Path) -> None:
     refused(workspace, "41402abc4b2a76b9719d911017c592: altered")
 
 
+def test_a_crash_before_the_first_head_leaves_none(workspace: Path) -> None:
+    (workspace / HEADS).write_bytes(b"")
+    told = list(verify_all(workspace))
+    assert told[0].startswith("log: 4 lines") and not any(sentence.startswith("heads") for sentence in told)
+    (workspace / HEADS).write_bytes(b'{"key_id"')
+    refused(workspace, "heads.jsonl: its last line is torn")
+
+
 def test_no_log_is_told(tmp_path: Path) -> None:
     refused(tmp_path, "no log there")
 
