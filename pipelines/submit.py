@@ -175,17 +175,30 @@ def _started(run_id: str, given: dict[str, Any], cluster: Cluster, pipeline: str
     return client, started
 
 
+@contextlib.contextmanager
+def _followable(run_id: str, faults: type[CbdError] = CbdError) -> Iterator[None]:
+    """Has these faults and Ctrl-C, which do not end the run, tell how it is followed on."""
+    follow_on = f"the same command with --run-id {run_id} follows this run"
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise CbdError(f"interrupted; {follow_on}") from None
+    except Missing:
+        raise
+    except faults as error:
+        raise type(error)(f"{error}; {follow_on}") from None
+
+
 def _followed(client: "Client", server_id: str, run_id: str) -> Any:
     try:
-        return follow(client, server_id)
+        with _followable(run_id):
+            return follow(client, server_id)
     except Missing as error:
         raise CbdError(f"run {run_id}: {error}; it was deleted, which ends it: submit again with another --run-id") from None
-    except CbdError as error:
-        raise type(error)(f"{error}; the run goes on, follow it by the same command with --run-id {run_id}") from None
 
 
 def _start(client: "Client", experiment: str, run_id: str, *, package: Path, given: dict[str, Any], account: str | None) -> Any:
-    with contextlib.redirect_stdout(None):
+    with _followable(run_id, EnvironmentFault), contextlib.redirect_stdout(None):
         started = created(
             lambda: client.run_pipeline(experiment, run_id, str(package), params=given, service_account=account),
             lambda: find_run(client, experiment, run_id),
@@ -199,7 +212,8 @@ def _result(run_id: str, state: str, link: str) -> dict[str, Any]:
     """What the report step left at the tracking server."""
     from pipelines.outcome import EXIT_CODES, as_fractions
 
-    found = _tracked(run_id)
+    with _followable(run_id):
+        found = _tracked(run_id)
     if found is None:
         raise EnvironmentFault(f"the run ended as {state}, but the tracking server holds no result of {run_id}; see {link}")
     result, page = found

@@ -288,5 +288,41 @@ def test_a_run_that_is_deleted_while_it_is_followed_is_told_as_that(server: Serv
 def test_losing_the_server_says_how_to_follow_on(server: Server, tracked: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "PATIENCE", 1)
     server.faults = [Fault("GET", "runs/", 401)]
-    with pytest.raises(ConfigError, match="the run goes on, follow it by the same command with --run-id first"):
+    with pytest.raises(ConfigError, match="the same command with --run-id first follows this run"):
         send()
+
+
+def named_in(err: str) -> str:
+    """The run id that an error tells to follow."""
+    return err.partition("--run-id ")[2].split()[0]
+
+
+def test_ctrl_c_tells_how_to_follow_on_and_that_starts_no_second_run(
+    server: Server, tracked: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(submit.time, "sleep", interrupt)
+        code, _, err = cbd(capsys, "submit", *GIVEN)
+    assert code == 1 and "error: interrupted; the same command with --run-id" in err
+    tracked(named_in(err))
+    assert cbd(capsys, "submit", *GIVEN, "--run-id", named_in(err))[0] == 0 and len(server.runs) == 1
+
+
+def test_a_start_that_may_have_happened_tells_how_to_follow_it(
+    server: Server, tracked: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.faults = [Fault("POST", "runs", 503, times=3), Fault("POST", "runs", 503, too_late=True)]
+    code, _, err = cbd(capsys, "submit", *GIVEN)
+    assert code == 1 and "busy or starting" in err and named_in(err) == server.runs[0]["display_name"]
+
+
+def test_a_tracking_server_that_is_gone_when_the_run_has_ended_costs_no_second_run(
+    server: Server, tracked: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.tracking_store.PATIENCE_SECONDS", 0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    code, _, err = cbd(capsys, "submit", *GIVEN)
+    assert code == 1 and "out of reach" in err and named_in(err) == server.runs[0]["display_name"]
