@@ -1,7 +1,7 @@
 """The Kubeflow Pipelines server: found, asked with patience, and its refusals told in one line.
 
-kfp's own client tries a refused log-in five times over 25 s, waits for ever for a run that was cancelled, and takes the log-in page of a
-proxy for an empty answer. Here a call is repeated only where that can help, and nothing is ever created twice.
+kfp's own client tries a refused log-in five times over 25 s, waits for ever for a run that was cancelled or an answer that does not come,
+and takes the log-in page of a proxy for an empty answer. Here a call is repeated only where that can help, and nothing is created twice.
 """
 
 import contextlib
@@ -28,6 +28,8 @@ TOKEN = "CBD_KFP_TOKEN"
 EXPERIMENT = "cbd"
 PAUSES: tuple[float, ...] = (1, 2, 4, 8, 16)
 """Seconds between attempts while the server is out of reach or busy."""
+ANSWER_SECONDS = 20.0
+"""So long a connection, and then an answer, is waited for; an answer to something that is made six times as long."""
 BUSY = (429, 502, 503, 504)
 PAGE = 100
 """Things on a page of a list."""
@@ -48,13 +50,8 @@ def connect(namespace: str = "") -> "Client":
 
     class Client(kfp.Client):  # type: ignore[misc]
         def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
-            health, _, headers = self._healthz_api.healthz_service_get_healthz_with_http_info()
-            if "json" not in (headers.get("Content-Type") or ""):
-                raise EnvironmentFault(
-                    f"{host}: answers with a page and not as a Kubeflow Pipelines server, perhaps with one to log in; "
-                    f"put a token into {TOKEN}, or name the API's own address in {ENDPOINT}"
-                )
-            return health
+            _guard(self._healthz_api.api_client)  # one for all calls, of which this is the first
+            return self._healthz_api.healthz_service_get_healthz()
 
     def opened() -> "Client":
         with warnings.catch_warnings():
@@ -70,6 +67,28 @@ def connect(namespace: str = "") -> "Client":
     if health.multi_user and not client.get_user_namespace():
         raise ConfigError(f"{host}: serves several users, each in a namespace; name yours with --namespace")
     return client
+
+
+def _guard(api: Any) -> None:
+    """Has every call of the client's API end in time, be sent once, and refuse a page in place of an answer."""
+    from kfp_server_api import ApiClient
+    from urllib3.util import Retry
+
+    class Guarded(ApiClient):  # type: ignore[misc]
+        def call_api(self, resource_path: str, method: str, *given: Any, **about: Any) -> Any:
+            about["_request_timeout"] = (ANSWER_SECONDS, ANSWER_SECONDS * (6 if method == "POST" else 1))
+            return super().call_api(resource_path, method, *given, **about)
+
+        def deserialize(self, response: Any, response_type: Any) -> Any:
+            if "json" not in response.urllib3_response.headers.get("Content-Type", ""):
+                raise EnvironmentFault(
+                    f"{_address()}: answers with a page and not as a Kubeflow Pipelines server, perhaps with one to log in; "
+                    f"put a token into {TOKEN}, or name the API's own address in {ENDPOINT}"
+                )
+            return super().deserialize(response, response_type)
+
+    api.__class__ = Guarded  # kfp makes it itself
+    api.rest_client.pool_manager.connection_pool_kw["retries"] = Retry(connect=0, read=0, respect_retry_after_header=False)
 
 
 def _address() -> str:

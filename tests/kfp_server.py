@@ -5,6 +5,7 @@ It refuses what the models do not know, keeps what it is given, and fails when a
 
 import json
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,10 @@ class Fault:
     times: int = 1
     too_late: bool = False
     """Do as asked first, then fail."""
+    silent_seconds: float = 0.0
+    """Before it answers."""
+    retry_after: str | None = None
+    """Header that tells when to ask again, in seconds."""
     body: bytes = b'{"error": "told to fail", "code": 14, "message": "told to fail"}'
     content_type: str = "application/json"
 
@@ -77,10 +82,12 @@ def serving() -> Iterator[Server]:
             body = json.loads(self.rfile.read(length) or b"{}")
             query = {name: values[0] for name, values in parse_qs(url.query).items()}
             fault = held.fault(self.command, url.path)
+            if fault:
+                time.sleep(fault.silent_seconds)
             if held.token and self.headers.get("authorization") != f"Bearer {held.token}":
                 self.send(401, {"message": "unauthenticated"})
             elif fault and not fault.too_late:
-                self.send_bytes(fault.status, fault.body, fault.content_type)
+                self.send_bytes(fault.status, fault.body, fault.content_type, fault.retry_after)
             else:
                 status, told = handle(held, self.command, url.path.removeprefix(PREFIX), body, query)
                 if fault:
@@ -93,8 +100,10 @@ def serving() -> Iterator[Server]:
         def send(self, status: int, told: dict[str, Any]) -> None:
             self.send_bytes(status, json.dumps(told).encode(), "application/json")
 
-        def send_bytes(self, status: int, body: bytes, content_type: str) -> None:
+        def send_bytes(self, status: int, body: bytes, content_type: str, retry_after: str | None = None) -> None:
             self.send_response(status)
+            if retry_after:
+                self.send_header("Retry-After", retry_after)
             self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

@@ -1,6 +1,7 @@
 """Submitting a run to a Kubeflow Pipelines server and following it; what is said when that does not work."""
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,8 @@ def test_the_right_token_is_accepted(server: Server, tracked: Callable[..., None
 
 def test_a_busy_server_is_asked_again(server: Server, tracked: Callable[..., None]) -> None:
     tracked()
-    server.faults = [Fault("GET", "healthz", 503, times=2), Fault("GET", "experiments", 502), Fault("GET", "runs/", 504, times=3)]
+    server.faults = [Fault("GET", "healthz", 503, times=2), Fault("GET", "experiments", 502), Fault("GET", "runs/", 504, times=2)]
+    server.faults += [Fault("GET", "runs/", 429, retry_after="60")]
     assert send()["verdict"] == "PASS" and len(server.runs) == 1
 
 
@@ -239,6 +241,35 @@ def test_a_log_in_page_is_not_taken_for_a_server(server: Server, tracked: Callab
     server.faults = [Fault("GET", "healthz", 200, times=9, body=b"<html>Log in</html>", content_type="text/html")]
     with pytest.raises(EnvironmentFault, match="a page and not as a Kubeflow Pipelines server"):
         send()
+
+
+@pytest.mark.parametrize("call", [("GET", "experiments"), ("GET", "runs"), ("POST", "runs"), ("GET", "runs/")])
+def test_a_log_in_page_in_the_middle_is_not_taken_for_an_answer(
+    server: Server, tracked: Callable[..., None], call: tuple[str, str]
+) -> None:
+    server.faults = [Fault(*call, 200, times=99, body=b"<html>Log in to see the state of runs</html>", content_type="text/html")]
+    with pytest.raises(EnvironmentFault, match="a page and not as a Kubeflow Pipelines server"):
+        send()
+
+
+def test_a_server_that_takes_connections_and_never_answers_is_given_up(
+    tracked: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kubeflow, "ANSWER_SECONDS", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("KF_PIPELINES_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(EnvironmentFault, match="does not answer"):
+            send()
+
+
+@pytest.mark.parametrize("path", ["experiments", "runs/"])
+def test_a_server_that_falls_silent_is_asked_again(
+    server: Server, tracked: Callable[..., None], monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(kubeflow, "ANSWER_SECONDS", 0.2)
+    tracked()
+    server.faults = [Fault("GET", path, 503, silent_seconds=1.0)]
+    assert send()["verdict"] == "PASS" and len(server.runs) == 1
 
 
 def test_a_server_of_several_users_wants_a_namespace(server: Server, tracked: Callable[..., None], tmp_path: Path) -> None:
@@ -314,7 +345,7 @@ def test_ctrl_c_tells_how_to_follow_on_and_that_starts_no_second_run(
 def test_a_start_that_may_have_happened_tells_how_to_follow_it(
     server: Server, tracked: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.faults = [Fault("POST", "runs", 503, too_late=True), Fault("GET", "runs", 503, times=4)]
+    server.faults = [Fault("POST", "runs", 503, times=3), Fault("POST", "runs", 503, too_late=True)]
     code, _, err = cbd(capsys, "submit", *GIVEN)
     assert code == 1 and "busy or starting" in err and named_in(err) == server.runs[0]["display_name"]
 
