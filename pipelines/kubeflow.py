@@ -30,7 +30,8 @@ PAUSES: tuple[float, ...] = (1, 2, 4, 8, 16)
 """Seconds between attempts while the server is out of reach or busy."""
 ANSWER_SECONDS = 20.0
 """So long a connection, and then an answer, is waited for; an answer to something that is made six times as long."""
-BUSY = (429, 502, 503, 504)
+BUSY = (409, 429, 502, 503, 504)
+"""Codes after which the same call may be answered otherwise; 409: another made the same thing at the same moment, and now it is found."""
 PAGE = 100
 """Things on a page of a list."""
 Answer = TypeVar("Answer")

@@ -212,6 +212,12 @@ def test_a_run_whose_start_was_answered_with_a_failure_is_started_once(
     assert len(server.runs) == 1 and server.asked.count("POST runs") == (1 if too_late else 2)
 
 
+def test_an_experiment_that_another_makes_at_the_same_moment_is_the_one(server: Server, tracked: Callable[..., None]) -> None:
+    tracked()
+    server.faults = [Fault("POST", "experiments", 409, too_late=True)]
+    assert send()["verdict"] == "PASS" and len(server.experiments) == 1
+
+
 def test_a_server_that_stays_busy_is_told(server: Server, tracked: Callable[..., None]) -> None:
     server.faults = [Fault("GET", "healthz", 503, times=99)]
     with pytest.raises(EnvironmentFault, match="busy or starting"):
