@@ -154,7 +154,8 @@ def walk_lines(log: LogStore, *, key: PublicKey | None, until: int | None = None
                 raise ValueError(f"was not signed by the key of that time, {key_id(current)[:12]}")
             following = key_after(entry, current)
         except ValueError as error:
-            raise DataError(f"{log}: line {number} {error}; restore the log from a copy") from None
+            fix = "restore the log from a copy" if text.endswith(b"\n") else "the next entry cuts it off and records it: run the pipeline"
+            raise DataError(f"{log}: line {number} {error}; {fix}") from None
         yield Line(entry, leaf_hash(text[:-1]), current, following)
         previous, time, signer, current = entry["hash"], entry["time"], current, following
     if key is not None and current is not None and key_id(key) not in (key_id(signer or current), key_id(current)):
@@ -164,7 +165,7 @@ def walk_lines(log: LogStore, *, key: PublicKey | None, until: int | None = None
 def parse_line(text: bytes) -> Entry:
     """The entry in a line; raises ValueError with what is wrong: it is unfinished, no entry, or its hash is not that of its content."""
     if not text.endswith(b"\n"):
-        raise ValueError("is torn: a crash in the middle of writing; the next entry will cut it off and record it")
+        raise ValueError("is torn: a crash in the middle of writing")
     try:
         entry = json.loads(text)
     except (ValueError, RecursionError):
