@@ -99,11 +99,12 @@ def _check_validation(validation: dict[str, Any], *, evaluated: bool) -> Check:
     passed = validation.get("passed") is True and critical == [] and isinstance(warnings, list)
     if not passed:
         count = len(critical) if isinstance(critical, list) and critical else "no readable list of"
-        sentence = f"The delivery failed validation ({count} critical failures); nothing else counts."
+        sentence = f"The delivery failed validation ({count} critical failure{'s' * (count != 1)}); nothing else counts."
     elif not evaluated:
         sentence = "The delivery passed validation but no evaluation was given; nothing was tested."
     else:
-        sentence = f"The delivery passed validation with {len(warnings or [])} warnings."
+        num = len(warnings or [])
+        sentence = f"The delivery passed validation with {num or 'no'} warning{'s' * (num != 1)}."
     return make_check("validation", "validation", "PASS" if passed and evaluated else "BLOCK", sentence)
 
 
