@@ -3,8 +3,8 @@
 import multiprocessing
 import os
 from concurrent.futures import Future, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import cache
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -18,19 +18,21 @@ BYTES_PER_PIXEL, SPARE_BYTES = 24, 256 * 2**20
 Outcome = Row | Refused
 Asked = list[tuple[bytes, str]]
 """The bytes of images and their paths."""
+_POOLS: dict[tuple[int, int], ProcessPool] = {}
+"""Of this process, by the largest image and the number of workers; they end with it."""
 
 
 def schedule_here(asked: Asked, source: str, limits: Ingest, *, workers: int | None = None) -> "Decoding":
     """Starts the decoding of images by worker processes of this machine, by default as many as cores."""
-    pool = _pool(limits.max_pixels, workers or num_cores())
-    return Decoding(pool, asked, source, limits, _start(pool, asked, source, limits))
+    workers = workers or num_cores()
+    return Decoding(workers, asked, source, limits, _start(workers, asked, source, limits))
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
     """Images that are being decoded."""
 
-    pool: ProcessPool
+    workers: int
     asked: Asked
     source: str
     limits: Ingest
@@ -40,7 +42,7 @@ class Decoding:
         """The outcome of every image, without its bytes; if they did not come back whole, each is tried alone."""
         try:
             return self.future.result()
-        except (ProcessExpired, TimeoutError, MemoryError):
+        except (ProcessExpired, BrokenProcessPool, TimeoutError, MemoryError):
             return [self._alone(image) for image in self.asked]
 
     def cancel(self) -> object:
@@ -49,25 +51,29 @@ class Decoding:
 
     def _alone(self, image: tuple[bytes, str]) -> Outcome:
         try:
-            return _start(self.pool, [image], self.source, self.limits).result()[0]
+            return _start(self.workers, [image], self.source, self.limits).result()[0]
         except TimeoutError:
             return Refused("decoder-hung", f"not decoded after {self.limits.decode_seconds:g} s")
-        except (ProcessExpired, MemoryError) as error:
+        except (ProcessExpired, BrokenProcessPool, MemoryError) as error:
             code = getattr(error, "exitcode", None)
             return Refused(
                 "decoder-crashed", f"the decoder ended with code {code}" if code is not None else "the decoder ran out of memory"
             )
 
 
-def _start(pool: ProcessPool, asked: Asked, source: str, limits: Ingest) -> "Future[list[Outcome]]":
+def _start(workers: int, asked: Asked, source: str, limits: Ingest) -> "Future[list[Outcome]]":
+    pool = _pool(limits.max_pixels, workers)
     return pool.schedule(_rows, args=(asked, source, limits.max_pixels), timeout=limits.decode_seconds)
 
 
-@cache
 def _pool(max_pixels: int, workers: int) -> ProcessPool:
-    """The workers of this process, started on first use and ended with it."""
-    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of running threads
-    return ProcessPool(workers, initializer=_limit_memory, initargs=(max_pixels,), context=context)
+    """The workers, started on first use and again where one died while it had nothing to do, which breaks a pool for good."""
+    found = _POOLS.get((max_pixels, workers))
+    if found is None or not found.active:
+        context = multiprocessing.get_context("spawn")  # a fork would copy the locks of running threads
+        found = ProcessPool(workers, initializer=_limit_memory, initargs=(max_pixels,), context=context)
+        _POOLS[max_pixels, workers] = found
+    return found
 
 
 def _rows(asked: Asked, source: str, max_pixels: int) -> list[Outcome]:

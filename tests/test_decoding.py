@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 from delivery_files import bomb, png
 from faulty_decoder import faulty_rows
@@ -55,6 +56,23 @@ def test_an_image_that_brings_its_decoder_down_costs_only_itself(
     refusal = seen[7][0].refusal
     assert refusal is not None and refusal.reason == reason and detail in refusal.detail
     assert time.monotonic() - started < 30
+
+
+def test_workers_that_are_killed_while_they_wait_are_replaced() -> None:
+    files = [raw(number, png(number)) for number in range(3)]
+
+    def decoded() -> list[bool]:
+        return [row is not None for _, row in decode_files(iter(files), source="acme", limits=Ingest())]
+
+    assert decoded() == [True] * 3
+    pool = decoders._POOLS[Ingest().max_pixels, num_cores()]
+    for worker in psutil.Process().children(recursive=True):
+        if any("spawn_main" in part for part in worker.cmdline()):
+            worker.kill()
+    until = time.monotonic() + 20
+    while pool.active and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not pool.active and decoded() == [True] * 3
 
 
 def test_only_a_few_chunks_are_read_ahead() -> None:
