@@ -156,6 +156,10 @@ class Deconfounded(Section):
     """Weight of the mean squared norm of the embedding z."""
 
 
+NEEDS_GPU = "CBD_NEEDS_GPU"
+"""Set where a GPU was asked for, so that the CPU does not take its place for days without a word."""
+
+
 class Training(Section):
     """Where one model is trained: how many processes share every batch. Results are the same but for rounding."""
 

@@ -54,6 +54,14 @@ def locked(path: Path) -> Iterator[int]:
         os.close(file)
 
 
+@contextlib.contextmanager
+def still(path: Path) -> Iterator[int]:
+    """The file at `path`, open for reading, while no process holds it as `locked` does; it need not be writable."""
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield file.fileno()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON with sorted keys, whole or not at all; refuses NaN (ValueError)."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"

@@ -3,10 +3,8 @@
 import base64
 import binascii
 import contextlib
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -14,7 +12,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cbd.errors import ConfigError, DataError
-from cbd.files import disk_fault, locked, replacing
+from cbd.files import disk_fault, locked, replacing, still
 from cbd.token_key import SCHEME, open_token_key
 
 ENVIRONMENT = "CBD_SIGNING_KEY"
@@ -69,24 +67,14 @@ def load_public_key(workspace: Path) -> PublicKey:
     path, private = workspace / KEYS / PUBLIC, workspace / KEYS / PRIVATE
     if not path.exists():
         raise DataError(f"{path}: no such key; give the workspace in which the decision was made")
-    with _still(path.with_name(LOCK)):
+    lock = path.with_name(LOCK)
+    with still(lock) if lock.exists() else contextlib.nullcontext():  # a copy without it is changed by nobody
         key = read_public_key(path)
         if path.read_bytes() != to_pem(key).encode():
             raise DataError(f"{path}: was edited: it is not written as cbd writes keys; restore it")
         if private.exists() and key_id(read_private_key(private).public_key()) != key_id(key):
             raise DataError(f"{path}: does not belong to {private.name} beside it; restore the pair")
     return key
-
-
-@contextlib.contextmanager
-def _still(lock: Path) -> Iterator[None]:
-    """Nobody changes the keys while the block lasts; a copy without the file is nobody's."""
-    if not lock.exists():
-        yield
-        return
-    with lock.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        yield
 
 
 def is_development(workspace: Path) -> bool:

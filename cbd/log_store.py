@@ -1,7 +1,6 @@
 """Where the log lies: in a file of the workspace or, where several machines write, in a bucket, an object for every line."""
 
 import contextlib
-import fcntl
 import functools
 import importlib.metadata
 import os
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cbd.errors import ConfigError
-from cbd.files import disk_fault, locked
+from cbd.files import disk_fault, locked, still
 from cbd.lines import complete_end, last_line, write_line
 
 LOG = "audit.jsonl"
@@ -108,9 +107,8 @@ class FileLog:
     @contextlib.contextmanager
     def still(self) -> Iterator[tuple[int, int]]:
         """See `LogStore`; it needs no right to write."""
-        with self.path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            end, torn = complete_end(file.fileno())
+        with still(self.path) as file:
+            end, torn = complete_end(file)
             yield end, end + len(torn)
 
     @contextlib.contextmanager

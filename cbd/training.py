@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
-from cbd.config import Confounder, Deconfounded
+from cbd.config import NEEDS_GPU, Confounder, Deconfounded
 from cbd.distributed import agree, by_shares, is_first
 from cbd.errors import EnvironmentFault
 from cbd.files import replacing
@@ -24,8 +24,6 @@ OnEpoch = Callable[[int, int, dict[str, float]], None]
 """Called after every epoch with (epochs done, epochs in all, measurements)."""
 PREDICTED_AT_ONCE = {"cpu": 128, "cuda": 512}
 """Images per batch where nothing is learned: on a CPU what its caches hold, a quarter faster there than 512, to the same bits."""
-NEEDS_GPU = "CBD_NEEDS_GPU"
-"""Set where a GPU was asked for, so that the CPU does not take its place for days without a word."""
 
 
 def best_device() -> torch.device:

@@ -41,20 +41,26 @@ class Decoding:
     def result(self) -> list[Outcome]:
         """The outcome of every image, without its bytes; if they did not come back whole, each is tried alone."""
         try:
-            return self.future.result()
-        except (ProcessExpired, BrokenProcessPool, TimeoutError, MemoryError):
+            return self._whole(self.asked, self.future)
+        except (ProcessExpired, TimeoutError, MemoryError):
             return [self._alone(image) for image in self.asked]
 
     def cancel(self) -> object:
         """Stops it."""
         return self.future.cancel()
 
+    def _whole(self, asked: Asked, future: "Future[list[Outcome]]") -> list[Outcome]:
+        try:
+            return future.result()
+        except BrokenProcessPool:  # a worker died while it had nothing to do: no image is to blame
+            return _start(self.workers, asked, self.source, self.limits).result()
+
     def _alone(self, image: tuple[bytes, str]) -> Outcome:
         try:
-            return _start(self.workers, [image], self.source, self.limits).result()[0]
+            return self._whole([image], _start(self.workers, [image], self.source, self.limits))[0]
         except TimeoutError:
             return Refused("decoder-hung", f"not decoded after {self.limits.decode_seconds:g} s")
-        except (ProcessExpired, BrokenProcessPool, MemoryError) as error:
+        except (ProcessExpired, MemoryError) as error:
             code = getattr(error, "exitcode", None)
             return Refused(
                 "decoder-crashed", f"the decoder ended with code {code}" if code is not None else "the decoder ran out of memory"

@@ -39,11 +39,12 @@ def override(run_id: str, workspace: Path, *, reason: str, by: str, expires: dat
     if not reason.strip():
         raise ConfigError("--reason: expected why, found nothing; it stands in the audit log")
     until = _until(expires, read_log(workspace))
-    registered = [move for move in read_moves(workspace) if move["event"] == "register" and move["run_id"] == run_id]
+    moves = read_moves(workspace)
+    registered = [move for move in moves if move["event"] == "register" and move["run_id"] == run_id]
     if not registered:
         raise DataError(f"{run_id}: the log of {workspace} registered no model of this run; give a run whose verdict is REVIEW")
     name, version = str(registered[-1]["name"]), str(registered[-1]["version"])
-    moves = read_moves(workspace, name)
+    moves = [move for move in moves if move["name"] == name]
     signed = read_decision(fetch_model(f"models:/{name}/{version}", workspace), workspace)
     check_latest(signed, workspace)
     if signed.content["trial"] or signed.content["verdict"] != "REVIEW":
@@ -57,8 +58,9 @@ def override(run_id: str, workspace: Path, *, reason: str, by: str, expires: dat
     append(workspace, "override", {**told, "reason": reason, "by": by})
     close_log(workspace)
     if holder(moves := read_moves(workspace, name), CHAMPION) != version:
-        fallen = withdrawn(moves, version) or {"reason": "another version was set"}
-        raise DataError(f"{name} version {version}: was demoted meanwhile ({fallen['reason']:.200}); train again")
+        if (fallen := withdrawn(moves, version)) and fallen["event"] == "demote":
+            raise DataError(f"{name} version {version}: was demoted meanwhile ({fallen['reason']:.200}); train again")
+        raise DataError(f"{name} version {version}: another one became {CHAMPION} meanwhile; look at it with: cbd audit show")
     set_alias(workspace, name, CHAMPION, version)
     return {**told, "reason": reason}
 

@@ -12,8 +12,7 @@ from cbd.errors import DataError
 from cbd.files import sha256_file
 from cbd.keys import PublicKey
 from components.git import git, held
-from components.logged import Evidence, read_evidence
-from components.logged import Unverified as Unverified
+from components.logged import Evidence, Unverified, read_evidence
 from components.registered import check_registry
 from components.run_checks import check_run
 from components.shard_store import local_objects, missing_objects

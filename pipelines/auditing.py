@@ -83,7 +83,7 @@ def verify(subject: str | None, everything: bool, trust: tuple[Path, ...], since
 
     if subject and everything:
         raise ConfigError(f"{subject}: goes without --all; name a run, or take the whole workspace")
-    from components.verification import Unverified
+    from components.logged import Unverified
 
     found = {True: 0, False: 0}
     for sentence in evidence.verify(subject, workspace, trust=trust, since=since):

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field, replace
 from kfp import dsl
 from kfp.dsl.structures import ResourceSpec
 
+from cbd.config import NEEDS_GPU
 from cbd.errors import ConfigError
 from cbd.keys import ENVIRONMENT
 from components.attestation import IMAGE as IMAGE_VARIABLE
 from components.records import IMAGE
 
 GPU_RESOURCE = "nvidia.com/gpu"
-NEEDS_GPU = "CBD_NEEDS_GPU"
-"""Set in a step that asked for a GPU, which ends where it sees none; read by `cbd.training`, which compiling does not import."""
 WORKSPACE = "/workspace"
 """Where the claim `cbd-workspace` lies in every step: records and artifacts of runs, log, registry, digests of checkpoints."""
 SETTINGS = ("MLFLOW_TRACKING_URI",)

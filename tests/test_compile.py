@@ -7,12 +7,13 @@ import pytest
 import torch
 import yaml
 
+from cbd.config import NEEDS_GPU
 from cbd.errors import ConfigError, EnvironmentFault
 from cbd.training import best_device
 from components import STEPS
 from components.records import IMAGE
 from pipelines.compile import PIPELINES, WHOLE, compile_pipeline, compiled_text, golden
-from pipelines.overlays import KEY, NEEDS_GPU, OVERLAYS, RETRIES, SIGNING_KEY, STORE, TRACKING
+from pipelines.overlays import KEY, OVERLAYS, RETRIES, SIGNING_KEY, STORE, TRACKING
 
 PINNED = "registry.example/cbd@sha256:" + "0123456789abcdef" * 4
 

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 
 import psutil
 import pytest
@@ -73,6 +75,13 @@ def test_workers_that_are_killed_while_they_wait_are_replaced() -> None:
     while pool.active and time.monotonic() < until:
         time.sleep(0.05)
     assert not pool.active and decoded() == [True] * 3
+
+
+def test_what_was_asked_of_a_pool_that_broke_is_asked_again_and_no_image_is_blamed() -> None:
+    broken: Future[list[decoders.Outcome]] = Future()
+    broken.set_exception(BrokenProcessPool())
+    (outcome,) = decoders.Decoding(num_cores(), [(png(0), "a/0.png")], "acme", Ingest(), broken).result()
+    assert not isinstance(outcome, Refused)
 
 
 def test_only_a_few_chunks_are_read_ahead() -> None:

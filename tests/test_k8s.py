@@ -17,8 +17,9 @@ import pytest
 import yaml
 from moto.server import ThreadedMotoServer
 
+from cbd.config import NEEDS_GPU
 from components.monitoring import LASTING
-from pipelines.overlays import MORE_SETTINGS, NEEDS_GPU, SECRETS, SETTINGS, SIGNING_KEY
+from pipelines.overlays import MORE_SETTINGS, SECRETS, SETTINGS, SIGNING_KEY
 
 PROJECT = Path(__file__).parent.parent
 OVERLAYS = ("dev", "production")

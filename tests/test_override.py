@@ -195,6 +195,15 @@ def test_what_is_demoted_while_a_person_overrides_does_not_become_champion(
         fetch_model(CHAMPION, workspace)
 
 
+def test_a_champion_that_came_while_a_person_overrides_stays(
+    workspace: Path, two: tuple[Case, Case], make_evaluation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.override.close_log", lambda _: enter(workspace, make_evaluation, 3))
+    with pytest.raises(DataError, match="version 2: another one became champion meanwhile"):
+        allow(workspace)
+    assert find_aliases(workspace)[NAME, "champion"] == "3"
+
+
 def test_a_date_that_the_logs_last_line_is_past_is_refused_at_once(
     workspace: Path, two: tuple[Case, Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,12 +21,13 @@ from cbd.bundle import bundle_digest
 from cbd.dataset import read_info
 from cbd.errors import CbdError, ConfigError, DataError
 from cbd.files import locked
+from components.logged import Unverified
 from components.register import LOCK, register, register_step
 from components.registry import fetch
 from components.rollback import rollback
 from components.tracking import champion_bundle, drop_alias, fetch_model, register_bundle, registered_name
 from components.tracking_store import client
-from components.verification import Unverified, verify_all
+from components.verification import verify_all
 
 pytestmark = pytest.mark.slow  # MLflow's store
 

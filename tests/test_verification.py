@@ -24,7 +24,8 @@ from cbd.keys import ensure_key, read_public_key, sign
 from components import verification
 from components.git import git, held
 from components.keyring import rotate_key
-from components.verification import Unverified, verify_all, verify_run
+from components.logged import Unverified
+from components.verification import verify_all, verify_run
 from pipelines.evidence import place_of
 from pipelines.options import WORKSPACE
 

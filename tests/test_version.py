@@ -24,11 +24,12 @@ from cbd.errors import DataError, EnvironmentFault
 from cbd.models import make_model, save_bundle
 from cbd.truth import read_truth, write_truth
 from components import registry as registry_module
+from components.logged import Unverified
 from components.places import kind_of, of_delivery, slug
 from components.poison import poison
 from components.registry import fetch, find, store, versions
 from components.suspect_list import read_suspects
-from components.verification import Unverified, verify_all
+from components.verification import verify_all
 from components.version import version, version_canary, version_control, version_suspects, version_trusted_set
 
 pytestmark = pytest.mark.slow
