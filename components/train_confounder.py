@@ -189,6 +189,7 @@ def _tell_pattern(number: int, pattern: Any, class_names: tuple[str, ...]) -> di
         "gap": round(pattern.gap, 3),
         "transfer": pattern.transfer,
         "contradiction": round(pattern.contradiction, 4),
+        "preference": round(pattern.preference, 4),
     }
 
 

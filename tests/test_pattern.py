@@ -85,7 +85,7 @@ def test_a_group_grows_whole_in_a_class_with_far_fewer_images_than_pixels() -> N
 
 
 def pattern(**changed: float) -> Pattern:
-    values = {"gap": 9.0, "transfer": 0.0, "contradiction": 0.5} | changed
+    values = {"gap": 9.0, "transfer": 0.0, "contradiction": 0.5, "preference": 0.2} | changed
     return Pattern(label=0, members=np.arange(30), mean=np.zeros((3, 4, 4), np.float32), **values)
 
 
@@ -94,6 +94,12 @@ def test_a_shared_pattern_is_planted_only_if_it_acts_or_its_labels_are_contradic
     assert not pattern().planted
     assert pattern(transfer=0.15).planted and not pattern(transfer=0.149).planted and pattern(contradiction=0.8).planted
     assert not pattern(gap=4.9, transfer=1.0, contradiction=1.0).planted
+
+
+def test_an_honest_group_that_is_a_little_harder_than_other_classes_is_not_contradicted() -> None:
+    """75 of 110 honest nines: apart by 5.7, AUROC 0.85, but the pilot's median preference for another digit was 0.02."""
+    assert not pattern(gap=5.7, contradiction=0.85, preference=0.02).planted
+    assert pattern(gap=5.7, contradiction=0.85, preference=0.31).planted, "a weak pilot, wrong labels"
 
 
 def test_how_much_a_pattern_must_turn_is_far_more_than_honest_patterns_of_the_same_data_turn() -> None:
