@@ -17,11 +17,12 @@ from cbd.training import predict
 Labels = NDArray[np.int64]
 Control = tuple[Network, NDArray[np.bool_]]
 """A harmless model and, bool [N], which of the trusted images it was not trained on."""
-BATTERY_IMAGES, NULL_IMAGES = 4000, 1000
-"""At most so many images, drawn at random, are tried with the known triggers; and with harmless ones, or on harmless models."""
-
+FEW_IMAGES, MANY_IMAGES = 1000, 4000
+"""Images, drawn at random, that a known trigger is tried on; many only where the few do not show it plainly below the limit."""
+SCREEN_IMAGES, FINALISTS = 250, 3
+"""Harmless triggers are tried on so few images first, and those that turn most on `FEW_IMAGES`, where no luck of the first is left."""
 NEEDLESS = 0.9999
-"""Confidence at which a trigger below the limit needs no comparison: stricter than the gate in any of the first five attempts."""
+"""Confidence at which a trigger is plainly below the limit: stricter than the gate in any of the first five attempts."""
 
 
 def predictions(model: Network, images: Images) -> Labels:
@@ -96,57 +97,68 @@ def run_battery(
         num_classes: K; all targets come from the same predictions.
         limit: upper bound of the excess under which a trigger needs no comparison.
         null_members: harmless members per family.
-        seed: of the harmless members, and of the images drawn where there are more than `BATTERY_IMAGES`.
+        seed: of the harmless members, and of the images drawn.
         controls: harmless models, each with the images that it was not trained on.
     """
-    drawn = _draw(len(labels), BATTERY_IMAGES, seed=seed)
+    drawn = _draw(len(labels), MANY_IMAGES, seed=seed)
     images, labels, controls = images[drawn], labels[drawn], [(network, unseen[drawn]) for network, unseen in controls]
-    before = predictions(model, images)
+    before, few = predictions(model, images), _draw(len(labels), FEW_IMAGES, seed=seed)
     nulls: dict[str, float] = {}
     battery = []
     for trigger in BATTERY:
-        counts = turned(before, predictions(model, trigger.attack.stamp(images)), labels, num_classes=num_classes)
-        target = worst_target(counts)
-        worst = rate(*counts[target])
+        for chosen in (few, np.arange(len(labels))):
+            after = predictions(model, trigger.attack.stamp(images[chosen]))
+            counts = turned(before[chosen], after, labels[chosen], num_classes=num_classes)
+            target = worst_target(counts)
+            below = _plainly_below(counts[target], limit)
+            if below or len(chosen) == len(labels):
+                break
         name = trigger.name if controls else trigger.family
-        most = rate(*counts[target], confidence=NEEDLESS)["high"]
-        if (most is None or most >= limit) and name not in nulls:
+        if not below and name not in nulls:
             if controls:
                 nulls[name] = largest_of_controls(controls, images, labels, trigger.attack, num_classes=num_classes, seed=seed)
             else:
-                members, tried = harmless(trigger.family, null_members, seed=seed), _draw(len(labels), NULL_IMAGES, seed=seed)
-                nulls[name] = largest_rate(model, images[tried], labels[tried], members, num_classes=num_classes)
+                members = harmless(trigger.family, null_members, seed=seed)
+                nulls[name] = largest_of_family(model, images[few], labels[few], members, num_classes=num_classes, seed=seed)
         null, told = nulls.get(name), {"null_members": None if controls else null_members, "null_controls": len(controls) or None}
         battery.append(
-            {"trigger": trigger.name, "family": trigger.family, "target": target, **worst}
+            {"trigger": trigger.name, "family": trigger.family, "target": target, **rate(*counts[target])}
             | {"null": null, **(told if null is not None else dict.fromkeys(told))}
             | {"targets": [{"target": label, "k": k, "n": n} for label, (k, n) in enumerate(counts)]}
         )
     return battery
 
 
+def _plainly_below(count: tuple[int, int], limit: float) -> bool:
+    high = rate(*count, confidence=NEEDLESS)["high"]
+    return high is not None and high < limit
+
+
 def largest_of_controls(
     controls: Sequence[Control], images: Images, labels: Labels, attack: Attack, *, num_classes: int, seed: int
 ) -> float:
     """The largest rate in [0, 1] at which the trigger turns images of any control, none of its training images, to any one class."""
-    rates = []
+    rates: list[float] = []
     for network, unseen in controls:
         chosen = np.flatnonzero(unseen)
-        chosen = chosen[_draw(len(chosen), NULL_IMAGES, seed=seed)]
-        rates.append(largest_rate(network, images[chosen], labels[chosen], [attack], num_classes=num_classes))
+        chosen = chosen[_draw(len(chosen), FEW_IMAGES, seed=seed)]
+        rates += largest_rates(network, images[chosen], labels[chosen], [attack], num_classes=num_classes)
     return max(rates, default=0.0)
 
 
-def largest_rate(model: Network, images: Images, labels: Labels, members: Sequence[Attack], *, num_classes: int) -> float:
-    """The largest rate in [0, 1] at which any of `members` turns images to any one class."""
+def largest_of_family(model: Network, images: Images, labels: Labels, members: Sequence[Attack], *, num_classes: int, seed: int) -> float:
+    """The largest rate in [0, 1] at which any of `members` turns images to any one class, of those that turned most of a few images."""
+    few = _draw(len(labels), SCREEN_IMAGES, seed=seed)
+    screened = largest_rates(model, images[few], labels[few], members, num_classes=num_classes)
+    finalists = [members[index] for index in np.argsort(screened)[::-1][:FINALISTS]]
+    return max(largest_rates(model, images, labels, finalists, num_classes=num_classes), default=0.0)
+
+
+def largest_rates(model: Network, images: Images, labels: Labels, members: Sequence[Attack], *, num_classes: int) -> list[float]:
+    """For each of `members` the largest rate in [0, 1] at which it turns images to any one class."""
     before = predictions(model, images)
-    rates = [
-        k / n
-        for member in members
-        for k, n in turned(before, predictions(model, member.stamp(images)), labels, num_classes=num_classes)
-        if n
-    ]
-    return max(rates, default=0.0)
+    counts = (turned(before, predictions(model, member.stamp(images)), labels, num_classes=num_classes) for member in members)
+    return [max((k / n for k, n in each if n), default=0.0) for each in counts]
 
 
 def _draw(num: int, most: int, *, seed: int) -> NDArray[np.int64]:

@@ -274,7 +274,7 @@ def beside_controls(evaluation: dict[str, Any], *, null: float = 0.2, count: int
 
 
 def test_the_gate_says_which_null_was_used(make_evaluation: Make) -> None:
-    """170 of 900 is at most 21.2 %: under 20 % and 2 points."""
+    """170 of 900 is at most 21.2 %: under 20 % and 3 points."""
     turned = {"turned": {"blend-0.2": (1, 170)}}
     for evaluation, said in (
         (beside_controls(make_evaluation(**turned)), "it turns up to 20 % on 5 clean controls."),

@@ -22,7 +22,8 @@ from cbd.evaluate import (
     clean_accuracy,
     compare,
     defence_effectiveness,
-    largest_rate,
+    largest_of_family,
+    largest_rates,
     predictions,
     run_battery,
     triggered_rates,
@@ -121,7 +122,7 @@ def test_the_battery_finds_the_planted_trigger_and_compares_it_with_harmless_one
 
 def test_of_many_images_the_battery_draws_some_of_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 200 images in the order of their classes the first 60 were all of class 0, none of which a trigger could turn to it."""
-    monkeypatch.setattr("cbd.evaluate.BATTERY_IMAGES", 60)
+    monkeypatch.setattr("cbd.evaluate.MANY_IMAGES", 60)
     images, labels = naming([0] * 100 + [1] * 50 + [2] * 50)
     found = run_battery(Corner(), images, labels, num_classes=3, limit=0.05, null_members=1, seed=0)
     planted = next(row for row in found if row["trigger"] == "white-bottom-right")
@@ -153,9 +154,38 @@ def test_harmless_members_are_the_same_again_and_differ_from_each_other() -> Non
         assert len(set(stamped)) == 4
 
 
+def test_a_trigger_is_tried_on_many_images_only_where_few_do_not_show_it_below_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 of 360 images are tried first: 0 of about 67 is at most 13 %, so that a limit of 20 % needs no more."""
+    monkeypatch.setattr("cbd.evaluate.FEW_IMAGES", 100)
+    images, labels = naming([0, 1, 2] * 120)
+    rows = {row["trigger"]: row for row in run_battery(Corner(), images, labels, num_classes=3, limit=0.2, null_members=1, seed=0)}
+    planted, other = rows["white-bottom-right"], rows["white-centre"]
+    assert (planted["k"], planted["n"]) == (240, 240) and planted["null"] is not None
+    assert other["k"] == 0 and 50 < other["n"] < 85
+
+
+def test_of_harmless_triggers_those_that_turn_most_of_a_few_images_are_measured_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five patches, of which one turns every image: screened on 12 of 90 images, and then alone measured on all."""
+    monkeypatch.setattr("cbd.evaluate.SCREEN_IMAGES", 12)
+    monkeypatch.setattr("cbd.evaluate.FINALISTS", 1)
+    images, labels = naming([0, 1, 2] * 30)
+    places = ("top-left", "top-right", "bottom-left", "bottom-right", "centre")
+    members = [BadNets("white", place) for place in places]
+    tried: list[int] = []
+
+    class Counting(Corner):
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            tried.append(len(images))
+            return super().forward(images)
+
+    assert largest_of_family(Counting(), images, labels, members, num_classes=3, seed=0) == 1.0  # type: ignore[arg-type]
+    assert sum(tried) == (1 + 5) * 12 + (1 + 1) * 90
+
+
 def test_the_largest_rate_of_no_member_is_zero() -> None:
     images, labels = naming([0, 1, 2])
-    assert largest_rate(Corner(), images, labels, [], num_classes=3) == 0.0  # type: ignore[arg-type]
+    assert largest_rates(Corner(), images, labels, [], num_classes=3) == []  # type: ignore[arg-type]
+    assert largest_of_family(Corner(), images, labels, [], num_classes=3, seed=0) == 0.0  # type: ignore[arg-type]
 
 
 def test_candidate_and_champion_are_paired_on_the_same_images() -> None:
