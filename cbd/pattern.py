@@ -39,6 +39,9 @@ OUTLYING = 3.0
 """Robust standard deviations above what honest patterns of the same data turn."""
 MIN_CONTRADICTION = 0.8
 """How often the pilot must contradict a member of the group more than an image outside it (AUROC)."""
+FAR_EASIER, MORE_AGAINST = 0.95, 0.8
+"""How often the confounder must find a member of one group easier than one of the other, or the pilot contradict it more, to tell which of
+them is poison (AUROC). Of learned triggers on photographs 0.98 or more are easier; on digits, where all is easy, 0.6 to 0.86."""
 MIN_PREFERENCE = 0.2
 """Median preference of a contradicted group. Wrong labels have 0.31 or more, also with a weak pilot; 75 honest nines that were a little
 harder than other digits, 0.02."""
@@ -123,21 +126,29 @@ def least_transfer(honest: Sequence[float]) -> float:
     return min(max(MIN_TRANSFER, outlying), SURE_TRANSFER)
 
 
-def carriers(sides: Sequence[Pattern], losses: Sequence[float]) -> Pattern:
+def carrier(sides: tuple[Pattern, Pattern], *, easier: float, against: float) -> Pattern:
     """Of the two groups of a class, the one that carries the pattern; the other is honest, and its pattern is the lack of it.
 
-    Lacking a trigger may turn images as well as having it does. But what wears a trigger that the confounder has learned is what it finds
-    easier; one that it has not learned makes the labels wrong, and the pilot contradicts those.
+    Lacking a trigger may turn images as well as having it does, so that the transfer of either counts for both, and does not tell which it
+    is. Labels that are plainly wrong do; else what the confounder finds far easier wears a trigger that it has learned; else the pilot
+    contradicts the poison more, if not by much; else, if one of them is planted alone, it is that one, or the easier one.
 
     Args:
         sides: the groups as patterns.
-        losses: the confounder's median loss in each.
+        easier: how often the confounder finds a member of the first easier than one of the second, in [0, 1].
+        against: how often the pilot contradicts a member of the first more than one of the second, in [0, 1].
     """
-    planted = [side for side in sides if side.planted]
-    contradicted = [side for side in planted if side.contradicted]
-    if len(planted) == 1:
-        return planted[0]
-    return max(contradicted, key=lambda side: side.contradiction) if contradicted else sides[int(np.argmin(losses))]
+    transfers = [side.transfer for side in sides if side.transfer is not None]
+    first, second = (replace(side, transfer=max(transfers, default=None)) for side in sides)
+    contradicted = [side for side in (first, second) if side.contradicted]
+    if contradicted:
+        return max(contradicted, key=lambda side: side.contradiction)
+    for decisive, share in ((FAR_EASIER, easier), (MORE_AGAINST, against)):
+        if max(share, 1 - share) >= decisive:
+            return first if share > 0.5 else second
+    if sides[0].planted != sides[1].planted:
+        return first if sides[0].planted else second
+    return first if easier >= 0.5 else second
 
 
 class _Search:
@@ -173,10 +184,12 @@ class _Search:
         if not found:
             return None
         gap, group = max(found, key=lambda pair: pair[0])
-        losses = [float(np.median(self.losses[chosen[side]])) for side in (group, ~group)]
+        inside, outside = chosen[group], chosen[~group]
+        easier = _more_often(self.losses[outside], self.losses[inside])
         if gap < MIN_GAP:
-            return self._pattern(label, chosen, group if losses[0] <= losses[1] else ~group, gap)
-        return carriers([self._pattern(label, chosen, side, gap) for side in (group, ~group)], losses)
+            return self._pattern(label, chosen, group if easier >= 0.5 else ~group, gap)
+        sides = self._pattern(label, chosen, group, gap), self._pattern(label, chosen, ~group, gap)
+        return carrier(sides, easier=easier, against=_more_often(self.against[inside], self.against[outside]))
 
     def _starts(self, chosen: NDArray[np.int64], far: Floats) -> Iterable[Mask]:
         """bool [n] each: the easiest, the most contradicted and the farthest of the chosen samples."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from cbd.attacks.badnets import BadNets
 from cbd.attacks.sig import Sig
-from cbd.pattern import Pattern, carriers, find_patterns, least_transfer
+from cbd.pattern import Pattern, carrier, find_patterns, least_transfer
 
 pytestmark = pytest.mark.usefixtures("torch_one_thread")
 
@@ -150,11 +150,31 @@ def test_two_patterns_in_one_class_are_both_found() -> None:
     assert set.union(*planted) == set(first.tolist()) | set(second.tolist())
 
 
-def test_of_two_groups_the_one_that_carries_the_pattern_is_the_easier_or_the_contradicted_one() -> None:
+def test_a_group_whose_labels_are_plainly_wrong_carries_the_pattern() -> None:
+    """BadNets, 1 % of CIFAR-10: the confounder had not learned it and found the rest of the class easier."""
+    unlearned, rest = pattern(gap=11.2, transfer=0.02, contradiction=0.96), pattern(gap=11.2, transfer=0.24, contradiction=0.4)
+    chosen = carrier((rest, unlearned), easier=0.97, against=0.1)
+    assert (chosen.contradiction, chosen.transfer) == (0.96, 0.24)
+
+
+def test_a_group_that_is_far_easier_carries_the_pattern_whatever_turns_more() -> None:
     """Blend on CIFAR-10, seed 1: the honest half turned more images (0.958) by lacking the trigger than the other by having it (0.926)."""
     honest, poison = pattern(gap=16.9, transfer=0.958, contradiction=0.62), pattern(gap=16.9, transfer=0.926, contradiction=0.79)
-    assert carriers([honest, poison], [0.958, 0.018]) is poison
-    unlearned = pattern(gap=11.2, transfer=0.02, contradiction=0.96)
-    rest = pattern(gap=11.2, transfer=0.24, contradiction=0.4)
-    assert carriers([rest, unlearned], [0.9, 2.5]) is unlearned
-    assert carriers([rest, pattern()], [0.9, 2.5]) is rest, "of two that are not planted the easier"
+    assert carrier((honest, poison), easier=0.05, against=0.3).contradiction == 0.79
+    assert carrier((poison, honest), easier=0.95, against=0.0).contradiction == 0.79, "a pilot that has learned the trigger says nothing"
+
+
+def test_where_neither_is_far_easier_the_more_contradicted_group_carries_the_pattern() -> None:
+    """Dynamic on digits: 102 honest zeros turned 29 % of other digits by their shape, the 115 others none; these are the poison."""
+    poison = pattern(gap=10.2, transfer=0.0, contradiction=0.79, preference=0.1)
+    honest = pattern(gap=10.2, transfer=0.29, contradiction=0.25, preference=0.001)
+    chosen = carrier((poison, honest), easier=0.59, against=0.87)
+    assert chosen.contradiction == 0.79 and chosen.planted
+    assert carrier((honest, poison), easier=0.41, against=0.2).contradiction == 0.79
+    assert carrier((honest, poison), easier=0.41, against=0.21).contradiction == 0.25, "not decisive: the one that is planted alone"
+
+
+def test_of_two_groups_that_nothing_tells_apart_the_easier_one_is_taken() -> None:
+    acting, other = pattern(transfer=0.8, contradiction=0.3), pattern(transfer=0.7, contradiction=0.4)
+    assert carrier((acting, other), easier=0.49, against=0.5).contradiction == 0.4
+    assert carrier((acting, other), easier=0.5, against=0.5).contradiction == 0.3
