@@ -68,7 +68,7 @@ def scan(
                 f"{bundle}: {other.image_size} pixels, classes {list(other.class_names)}; expected {card.image_size} and the trusted set's "
                 f"{list(info.class_names)}; give models and a trusted set that belong together"
             )
-    trusted = _halves(trusted_set, card.image_size)
+    trusted = _halves(trusted_set, card.image_size, seed=seed)
     ranked = controls if enough_controls(len(controls), policy.scan_alpha) else ()
     null = [_control_statistic(control, trusted, trusted_set, seed=seed) for control in ranked]
     sources = {"candidate": model, **({"confounder": confounder} if confounder else {})}
@@ -106,14 +106,16 @@ def scan(
     return brief | {"transfer": found["transfer"]}
 
 
-def _halves(trusted_set: Path, image_size: int) -> _Trusted:
-    """The trusted set split in two (see `held_out`)."""
+def _halves(trusted_set: Path, image_size: int, *, seed: int) -> _Trusted:
+    """The trusted set split in two (see `held_out`); the images to stamp are in random order."""
+    import numpy as np
+
     from cbd.scan import TEST_IMAGES
     from components.controls import held_out
 
     samples, test = load_samples(trusted_set, image_size=image_size), held_out(trusted_set)
-    stamped_on = samples.images[test][:TEST_IMAGES], samples.labels[test][:TEST_IMAGES]
-    return _Trusted(samples.images[~test], samples.labels[~test], *stamped_on)
+    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(test))[:TEST_IMAGES]
+    return _Trusted(samples.images[~test], samples.labels[~test], samples.images[drawn], samples.labels[drawn])
 
 
 def _network(bundle: Path) -> Any:
@@ -179,15 +181,16 @@ def _transfer(network: Any, triggers: Any, trusted: _Trusted, *, target: int, ju
     """The trigger of `target` on held-out images, on the first of `judges`, with its null: see `cbd.scan.squeeze`."""
     import torch
 
-    from cbd.scan import squeeze, transfers
+    from cbd.scan import largest_transfer, squeeze, transfer
 
-    generator = torch.Generator().manual_seed(seed)
+    generator, (candidate, *controls) = torch.Generator().manual_seed(seed), [_network(judge) for judge in judges]
     squeezed = squeeze(network, *trusted.cal(), triggers=triggers, budget=float(triggers.norms[target]), generator=generator)
-    stamped_on = (trusted.test_images, trusted.test_labels)
-    candidate, *controls = [transfers(_network(judge), *stamped_on, triggers=squeezed) for judge in judges]
-    compared = [*(counts for label, counts in enumerate(candidate) if label != target), *(counts[target] for counts in controls)]
-    k, n = candidate[target]
-    return {"target": target, "k": k, "n": n, "null": max((k / n for k, n in compared if n), default=0.0)}
+    images, labels = trusted.test_images, trusted.test_labels
+    others = [label for label in range(len(triggers.masks)) if label != target]
+    compared = [largest_transfer(candidate, images, labels, triggers=squeezed, targets=others)]
+    compared += [largest_transfer(control, images, labels, triggers=squeezed, targets=[target]) for control in controls]
+    k, n = transfer(candidate, images, labels, triggers=squeezed, target=target)
+    return {"target": target, "k": k, "n": n, "null": max(compared)}
 
 
 def _draw(found: list[Any], path: Path) -> None:
