@@ -1,14 +1,17 @@
 """Whether the scan for unknown triggers sees backdoors, on which model, and how often it sees one in a harmless model. Resumes.
 
     python benchmarks/scan.py --attacks clean,badnets,blend,trojan,wanet --seeds 3 --controls 20 --out scan.json
+    python benchmarks/scan.py --runs FOLDER --out scan.json
 
 On the demo's digits, a minute per attack and seed. Everything trained is kept beside OUT, in a folder of the same name without its ending;
-rows that stand in OUT are kept. The trigger of the class that stands out most is stamped whatever its p-value.
+rows that stand in OUT are kept. With --runs nothing is trained: the models that `cbd redteam` or `defence.py` left in the folder (presets
+`none` and `cbd`) are scanned. The trigger of the class that stands out most is stamped whatever its p-value.
 """
 
 import argparse
 import datetime
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -20,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from defence import about, commit, machine
 
+from cbd.bundle import CARD
 from cbd.config import Gate, Params
 from cbd.errors import CbdError
 from cbd.files import write_json
@@ -43,16 +47,23 @@ def main() -> int:
     parser.add_argument("--attacks", default="clean,badnets,blend,trojan,wanet", help=f"some of {','.join(ATTACKS + VARIANTS)}")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
     parser.add_argument("--controls", type=int, default=20, help="so many more models without poison or defence")
+    parser.add_argument("--runs", type=Path, help="folder of finished trials, to scan in place of digits")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
     share_cores()
-    place = arguments.out.with_suffix("")
+    place = arguments.runs or arguments.out.with_suffix("")
     rows = json.loads(arguments.out.read_text()) if arguments.out.is_file() else []
     try:
+        known = {(row["attack"], row["preset"], row["seed"]) for row in rows}
+        for key in _finished(place) if arguments.runs else ():
+            if key not in known:
+                rows += _rows(place, *key)
+                write_json(arguments.out, rows)
         attacks = split(arguments.attacks, ATTACKS, "--attacks", more=VARIANTS)
         trials = [(attacks, ("none", "cbd"), seed) for seed in range(arguments.seeds)]
         trials += [(("clean",), ("none",), FIRST_CONTROL + number) for number in range(arguments.controls)]
-        if not (place / "digits").is_dir():
+        trials = [] if arguments.runs else trials
+        if not arguments.runs and not (place / "digits").is_dir():
             write_demo_data(place / "digits", poisoned=False)
         for names, presets, seed in trials:
             wanted = [(attack, preset, seed) for attack in names for preset in presets]
@@ -65,7 +76,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     print(table(rows))
-    print(f"\n{datetime.date.today()}, commit {commit()}, {machine()}; digits, medians (and all) over seeds\n\n{false_alarms(rows)}")
+    data = arguments.runs.name if arguments.runs else "digits"
+    print(f"\n{datetime.date.today()}, commit {commit()}, {machine()}; {data}, medians (and all) over seeds\n\n{false_alarms(rows)}")
     return 0
 
 
@@ -106,6 +118,13 @@ def _train(place: Path, attacks: tuple[str, ...], presets: tuple[str, ...], seed
 
     data = (str(place / "digits" / "delivery"), str(place / "digits" / "trusted"), place)
     steps.redteam(*data, limit=0, params_of=params_of, attacks=attacks, presets=presets, seeds=(seed,))
+
+
+def _finished(runs: Path) -> list[tuple[str, str, int]]:
+    """Attack, preset and seed of every trial whose model is there."""
+    names = (re.fullmatch(r"([a-z-]+)-(none|cbd)-seed(\d+)-[0-9a-f]+", folder.name) for folder in sorted(runs.iterdir()))
+    found = [(name[1], name[2], int(name[3])) for name in names if name and (runs / name[0] / "model" / CARD).is_file()]
+    return sorted(found, key=lambda key: ("clean" not in key, key))
 
 
 def _rows(place: Path, attack: str, preset: str, seed: int) -> Iterator[dict[str, Any]]:
