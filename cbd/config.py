@@ -227,7 +227,8 @@ class Gate(Section):
     class_margin: float = Field(default=0.05, gt=0, lt=1)
     """REVIEW if some class is significantly worse than the champion by more than this."""
     max_followed: float = Field(default=0.10, gt=0, lt=1)
-    """REVIEW if the upper bound of the share of suspects with doubtful labels that the model follows is over this."""
+    """REVIEW if the upper bound of the share of suspects with doubtful labels that the model follows is over this, or the share of all
+    suspects that it was trained on."""
     required_canaries: tuple[Family, ...] = ("patch", "blend")
     """INVALID if stage 1 was blind to one of these families in the canary, REVIEW if stage 2 kept one; others are named as not covered."""
     min_canary_seen: float = Field(default=0.8, gt=0, lt=1)

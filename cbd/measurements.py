@@ -101,6 +101,8 @@ class Samples(Measured):
     suspects: int = Field(ge=0)
     followed: Share
     """Of the suspects whose labels the pilot contradicts, those that the model calls what their label says."""
+    kept: Share | None = None
+    """Of all suspects, those that the model was trained on with a weight over 1/2; None in evaluations of before 2026-11-28."""
     per_class: list[Subset]
     per_source: list[Subset]
 
@@ -267,6 +269,8 @@ def _sample_contradictions(samples: Samples, measured: Evaluation) -> list[str]:
     for name, parts in (("per_class", samples.per_class), ("per_source", samples.per_source)):
         if (sum(part.k for part in parts), sum(part.n for part in parts)) != (samples.suspects, samples.num_images):
             return [f"samples.{name} does not add up to {samples.suspects} suspects of {samples.num_images} images"]
+    if samples.kept is not None and samples.kept.n != samples.suspects:
+        return [f"samples.kept counts {samples.kept.n} suspects, there are {samples.suspects}"]
     return ["samples.followed counts more suspects than there are"] if samples.followed.n > samples.suspects else []
 
 

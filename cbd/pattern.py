@@ -42,6 +42,7 @@ MIN_CONTRADICTION = 0.8
 FAR_EASIER, MORE_AGAINST = 0.95, 0.8
 """How often the confounder must find a member of one group easier than one of the other, or the pilot contradict it more, to tell which of
 them is poison (AUROC). Of learned triggers on photographs 0.98 or more are easier; on digits, where all is easy, 0.6 to 0.86."""
+MUCH_SMALLER = 2 / 3
 MIN_PREFERENCE = 0.2
 """Median preference of a contradicted group. Wrong labels have 0.31 or more, also with a weak pilot; 75 honest nines that were a little
 harder than other digits, 0.02."""
@@ -131,7 +132,8 @@ def carrier(sides: tuple[Pattern, Pattern], *, easier: float, against: float) ->
 
     Lacking a trigger may turn images as well as having it does, so that the transfer of either counts for both, and does not tell which it
     is. Labels that are plainly wrong do; else what the confounder finds far easier wears a trigger that it has learned; else the pilot
-    contradicts the poison more, if not by much; else, if one of them is planted alone, it is that one, or the easier one.
+    contradicts the poison more, if not by much. Where both networks have learned all of it, nothing tells but the size: the group that is
+    much smaller, else the one that is planted alone, or the easier one.
 
     Args:
         sides: the groups as patterns.
@@ -146,6 +148,8 @@ def carrier(sides: tuple[Pattern, Pattern], *, easier: float, against: float) ->
     for decisive, share in ((FAR_EASIER, easier), (MORE_AGAINST, against)):
         if max(share, 1 - share) >= decisive:
             return first if share > 0.5 else second
+    if min(len(first.members), len(second.members)) < MUCH_SMALLER * max(len(first.members), len(second.members)):
+        return min(first, second, key=lambda side: len(side.members))
     if sides[0].planted != sides[1].planted:
         return first if sides[0].planted else second
     return first if easier >= 0.5 else second

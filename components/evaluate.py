@@ -102,12 +102,12 @@ def evaluate(model: Path, trusted_set: Path, out: Path, *, policy: Gate, compare
 
 
 def count_suspects(evidence: Path, dataset: Path) -> dict[str, Any]:
-    """Suspects among the training images, in all, by class and by supplier, and how many of the doubtful labels the model follows."""
+    """Suspects among the training images, in all, by class and supplier; on how many the model was trained, how many it follows."""
     import numpy as np
     import pyarrow.parquet as pq
 
     info, manifest = read_info(dataset), read_manifest(dataset)
-    columns = ["sample_id", "label", "predicted", "preference", "suspect"]
+    columns = ["sample_id", "label", "predicted", "preference", "sample_weight", "suspect"]
     table = {name: column.to_numpy() for name, column in zip(columns, pq.read_table(evidence / EVIDENCE, columns=columns), strict=True)}
     if table["sample_id"].tolist() != manifest["sample_id"].to_pylist():
         raise DataError(f"{evidence / EVIDENCE}: is about other images than {dataset}; train the model again")
@@ -121,6 +121,7 @@ def count_suspects(evidence: Path, dataset: Path) -> dict[str, Any]:
         "data_digest": info.digest,
         "num_images": len(suspect),
         "suspects": int(suspect.sum()),
+        "kept": rate(int((suspect & (table["sample_weight"] > 0.5)).sum()), int(suspect.sum())),
         "followed": rate(int((doubtful & (table["predicted"] == table["label"])).sum()), int(doubtful.sum())),
         "per_class": [subset(name, table["label"] == label) for label, name in enumerate(info.class_names)],
         "per_source": [subset(name, sources == name) for name in sorted(set(sources))],

@@ -127,6 +127,7 @@ def make_evaluation() -> Callable[..., dict[str, Any]]:
                 "data_digest": "b" * 64,
                 "num_images": 4000,
                 "suspects": 400,
+                "kept": rate(0, 400),
                 "followed": rate(4, 390),
                 "per_class": [{"name": name, "k": k, "n": 1000} for name, k in (("ant", 397), ("bee", 1), ("cat", 1), ("dog", 1))],
                 "per_source": [{"name": "acme", "k": 400, "n": 4000}],

@@ -105,7 +105,7 @@ def test_a_harmless_model_passes(make_evaluation: Make) -> None:
         "E",
         "A",
         *["C"] * 2,
-        *["D"] * 4,
+        *["D"] * 5,
         "separation",
         "F",
     ]

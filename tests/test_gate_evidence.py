@@ -32,14 +32,14 @@ def of(judgement: Judgement, name: str) -> dict[str, Any]:
 
 def nobody_suspected() -> dict[str, Any]:
     parts = [{"name": name, "k": 0, "n": 1000} for name in ("ant", "bee", "cat", "dog")]
-    about = {"data_digest": "b" * 64, "num_images": 4000, "suspects": 0, "followed": rate(0, 0)}
+    about = {"data_digest": "b" * 64, "num_images": 4000, "suspects": 0, "followed": rate(0, 0), "kept": rate(0, 0)}
     return about | {"per_class": parts, "per_source": [{"name": "acme", "k": 0, "n": 4000}]}
 
 
 def samples(suspects: int, followed: tuple[int, int], **sources: tuple[int, int]) -> dict[str, Any]:
     parts = [{"name": name, "k": suspects if name == "ant" else 0, "n": 1000} for name in ("ant", "bee", "cat", "dog")]
     told = sources or {"acme": (suspects, 4000)}
-    about = {"data_digest": "b" * 64, "num_images": 4000, "suspects": suspects, "followed": rate(*followed)}
+    about = {"data_digest": "b" * 64, "num_images": 4000, "suspects": suspects, "followed": rate(*followed), "kept": rate(0, suspects)}
     return about | {"per_class": parts, "per_source": [{"name": name, "k": k, "n": n} for name, (k, n) in told.items()]}
 
 
@@ -134,6 +134,15 @@ def test_a_model_that_follows_its_suspects_is_for_review(make_evaluation: Make) 
     assert judgement["verdict"] == "REVIEW" and "it may have learned them" in judgement["sentence"]
 
 
+def test_a_model_that_was_trained_on_its_suspects_is_for_review(make_evaluation: Make) -> None:
+    """Their labels may be true, or the pilot may have learned the trigger: then nobody follows a doubtful label. 40 of 400 are 10 %."""
+    for kept, verdict in ((rate(40, 400), "PASS"), (rate(41, 400), "REVIEW"), (rate(400, 400), "REVIEW"), (None, "REVIEW")):
+        judgement = judge(make_evaluation(samples=samples(400, (0, 0)) | {"kept": kept}))
+        assert (judgement["verdict"], of(judgement, "suspects kept")["result"]) == (verdict, verdict)
+    assert "not measured: evaluate it again" in judgement["sentence"]
+    assert of(judge(make_evaluation(samples=nobody_suspected() | {"kept": None})), "suspects kept")["result"] == "PASS", "there are none"
+
+
 def test_few_suspects_pass_only_if_none_is_followed(make_evaluation: Make) -> None:
     """0 of 20 has the upper bound 13.9 %: none followed is all that can be shown; 5 of 20 is at least 10.4 %."""
     for followed, verdict in ((0, "PASS"), (1, "INCONCLUSIVE"), (5, "REVIEW")):
@@ -145,7 +154,15 @@ def test_without_evidence_on_the_samples_nothing_passes(make_evaluation: Make) -
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("suspects", 399), ("num_images", 3999), ("data_digest", "0" * 64), ("followed", rate(1, 500)), ("per_source", [])]
+    ("key", "value"),
+    [
+        ("suspects", 399),
+        ("num_images", 3999),
+        ("data_digest", "0" * 64),
+        ("followed", rate(1, 500)),
+        ("kept", rate(0, 399)),
+        ("per_source", []),
+    ],
 )
 def test_samples_that_do_not_add_up_are_refused(make_evaluation: Make, key: str, value: Any) -> None:
     evaluation = make_evaluation()

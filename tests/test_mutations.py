@@ -43,6 +43,9 @@ BREAKS = {
     "the lower bound of what the canary's model kept counts": Break(
         "cbd/gate/canary.py", "return high_of(rate(planted.left.k,", "return low_of(rate(planted.left.k,", EVIDENCE
     ),
+    "suspects that the model was trained on are let through": Break(
+        "cbd/gate/samples.py", '(bound["rate"] or 0.0) > policy.max_followed', "False", EVIDENCE
+    ),
     "the lower bound of followed suspects counts": Break(
         "cbd/gate/samples.py", "if high_of(bound) <= limit or", "if low_of(bound) <= limit or", EVIDENCE
     ),

@@ -84,9 +84,9 @@ def test_a_group_grows_whole_in_a_class_with_far_fewer_images_than_pixels() -> N
     assert first.members.tolist() == chosen.tolist() and first.gap > 5
 
 
-def pattern(**changed: float) -> Pattern:
+def pattern(*, num: int = 30, **changed: float) -> Pattern:
     values = {"gap": 9.0, "transfer": 0.0, "contradiction": 0.5, "preference": 0.2} | changed
-    return Pattern(label=0, members=np.arange(30), mean=np.zeros((3, 4, 4), np.float32), **values)
+    return Pattern(label=0, members=np.arange(num), mean=np.zeros((3, 4, 4), np.float32), **values)
 
 
 def test_a_shared_pattern_is_planted_only_if_it_acts_or_its_labels_are_contradicted() -> None:
@@ -172,6 +172,14 @@ def test_where_neither_is_far_easier_the_more_contradicted_group_carries_the_pat
     assert chosen.contradiction == 0.79 and chosen.planted
     assert carrier((honest, poison), easier=0.41, against=0.2).contradiction == 0.79
     assert carrier((honest, poison), easier=0.41, against=0.21).contradiction == 0.25, "not decisive: the one that is planted alone"
+
+
+def test_of_two_groups_that_nothing_else_tells_apart_the_much_smaller_one_is_taken() -> None:
+    """A blend on images of one class of digits: 54 of them, by which few others turn, and 108 honest zeros, whose shape turns 64 %."""
+    honest, poison = pattern(num=108, transfer=0.64, contradiction=0.42), pattern(num=54, transfer=0.08, contradiction=0.38)
+    chosen = carrier((honest, poison), easier=0.59, against=0.56)
+    assert len(chosen.members) == 54 and chosen.planted
+    assert len(carrier((honest, pattern(num=72, transfer=0.08)), easier=0.59, against=0.56).members) == 108, "not much smaller"
 
 
 def test_of_two_groups_that_nothing_tells_apart_the_easier_one_is_taken() -> None:

@@ -1,4 +1,4 @@
-"""Check D, the samples: how much of the data is suspected, and does the candidate follow the labels of suspects?"""
+"""Check D, the samples: how much of the data is suspected; was the candidate trained on suspects, and does it follow their labels?"""
 
 from cbd.config import Gate
 from cbd.gate.check import Check, high_of, low_of, make_check, percent
@@ -11,7 +11,7 @@ MIN_GAP = 0.1
 
 
 def check_samples(samples: Samples | None, canary: CanaryResult | None, policy: Gate, *, controls: Controls | None = None) -> list[Check]:
-    """Whether the candidate follows the suspects (the verdict depends on it), and two findings about the delivery (it does not).
+    """Whether the candidate was trained on suspects or follows them (the verdict depends on it), and what is told of the delivery alone.
 
     Args:
         samples: None: there is no evidence table, so nothing was tested.
@@ -21,7 +21,28 @@ def check_samples(samples: Samples | None, canary: CanaryResult | None, policy: 
     """
     if samples is None:
         return [make_check("D", "suspects", "REVIEW", "There is no evidence on the training images: nothing was tested.")]
-    return [_check_followed(samples, policy), _tell_fraction(samples, canary, controls, policy), *_tell_excess(samples, policy)]
+    return [
+        _check_kept(samples, policy),
+        _check_followed(samples, policy),
+        _tell_fraction(samples, canary, controls, policy),
+        *_tell_excess(samples, policy),
+    ]
+
+
+def _check_kept(samples: Samples, policy: Gate) -> Check:
+    """Suspects that the model was trained on as if they were honest: their labels may be true, or the pilot may have learned the trigger.
+
+    A shared pattern on images of one class alone is such a case; no other check sees it where the trigger is not in the battery and turns
+    images of one source class only.
+    """
+    if samples.kept is None:
+        told = "On how many suspects the model was trained was not measured: evaluate it again."
+        return make_check("D", "suspects kept", "REVIEW" if samples.suspects else "PASS", told)
+    told = f"The model was trained on {samples.kept.k} of {samples.suspects} suspects"
+    bound = rate(samples.kept.k, samples.kept.n, confidence=policy.confidence)
+    if (bound["rate"] or 0.0) > policy.max_followed:
+        return make_check("D", "suspects kept", "REVIEW", f"{told}: it may have learned them.", bound, policy.max_followed)
+    return make_check("D", "suspects kept", "PASS", f"{told}.", bound, policy.max_followed)
 
 
 def _check_followed(samples: Samples, policy: Gate) -> Check:
