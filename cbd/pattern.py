@@ -43,6 +43,7 @@ FAR_EASIER, MORE_AGAINST = 0.95, 0.8
 """How often the confounder must find a member of one group easier than one of the other, or the pilot contradict it more, to tell which of
 them is poison (AUROC). Of learned triggers on photographs 0.98 or more are easier; on digits, where all is easy, 0.6 to 0.86."""
 MUCH_SMALLER = 2 / 3
+"""Size of one group in that of the other, under which it is taken where nothing else tells."""
 MIN_PREFERENCE = 0.2
 """Median preference of a contradicted group. Wrong labels have 0.31 or more, also with a weak pilot; 75 honest nines that were a little
 harder than other digits, 0.02."""
