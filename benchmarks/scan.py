@@ -37,6 +37,8 @@ from pipelines.options import ATTACKS, VARIANTS, load, split
 ALWAYS = 0.9999
 """A p-value that everything has, so that every model's trigger is stamped."""
 TARGET = 0
+Trial = tuple[tuple[str, ...], tuple[str, ...], int]
+"""Attacks and presets that are trained together, and their seed."""
 FIRST_CONTROL = 100
 """Seed of the first control."""
 
@@ -54,21 +56,12 @@ def main() -> int:
     place = arguments.runs or arguments.out.with_suffix("")
     rows = json.loads(arguments.out.read_text()) if arguments.out.is_file() else []
     try:
-        known = {(row["attack"], row["preset"], row["seed"]) for row in rows}
-        for key in _finished(place) if arguments.runs else ():
-            if key not in known:
-                rows += _rows(place, *key)
-                write_json(arguments.out, rows)
-        attacks = split(arguments.attacks, ATTACKS, "--attacks", more=VARIANTS)
-        trials = [(attacks, ("none", "cbd"), seed) for seed in range(arguments.seeds)]
-        trials += [(("clean",), ("none",), FIRST_CONTROL + number) for number in range(arguments.controls)]
-        trials = [] if arguments.runs else trials
-        if not arguments.runs and not (place / "digits").is_dir():
-            write_demo_data(place / "digits", poisoned=False)
+        trials = _finished(place) if arguments.runs else _planned(arguments)
         for names, presets, seed in trials:
             wanted = [(attack, preset, seed) for attack in names for preset in presets]
             if missing := [key for key in wanted if key not in {(row["attack"], row["preset"], row["seed"]) for row in rows}]:
-                _train(place, names, presets, seed)
+                if not arguments.runs:
+                    _train(place, names, presets, seed)
                 for key in missing:
                     rows += _rows(place, *key)
                     write_json(arguments.out, rows)
@@ -116,15 +109,24 @@ def _train(place: Path, attacks: tuple[str, ...], presets: tuple[str, ...], seed
     def params_of(*, preset: str, seed: int) -> Params:
         return load(**{**TRAINING, "params_path": None, "seed": seed, "poison__attack": "badnets", "preset": preset})
 
+    if not (place / "digits").is_dir():
+        write_demo_data(place / "digits", poisoned=False)
     data = (str(place / "digits" / "delivery"), str(place / "digits" / "trusted"), place)
     steps.redteam(*data, limit=0, params_of=params_of, attacks=attacks, presets=presets, seeds=(seed,))
 
 
-def _finished(runs: Path) -> list[tuple[str, str, int]]:
-    """Attack, preset and seed of every trial whose model is there."""
+def _planned(arguments: argparse.Namespace) -> list[Trial]:
+    """The trials that are asked for, the controls last."""
+    attacks = split(arguments.attacks, ATTACKS, "--attacks", more=VARIANTS)
+    trials: list[Trial] = [(attacks, ("none", "cbd"), seed) for seed in range(arguments.seeds)]
+    return trials + [(("clean",), ("none",), FIRST_CONTROL + number) for number in range(arguments.controls)]
+
+
+def _finished(runs: Path) -> list[Trial]:
+    """Every trial whose model is there, those without poison first."""
     names = (re.fullmatch(r"([a-z-]+)-(none|cbd)-seed(\d+)-[0-9a-f]+", folder.name) for folder in sorted(runs.iterdir()))
-    found = [(name[1], name[2], int(name[3])) for name in names if name and (runs / name[0] / "model" / CARD).is_file()]
-    return sorted(found, key=lambda key: ("clean" not in key, key))
+    found = [((name[1],), (name[2],), int(name[3])) for name in names if name and (runs / name[0] / "model" / CARD).is_file()]
+    return sorted(found, key=lambda trial: (trial[0] != ("clean",), trial))
 
 
 def _rows(place: Path, attack: str, preset: str, seed: int) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """What is measured on the trusted set: clean accuracy, known triggers, and where the truth is known, attack success."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from cbd.models import Network
 from cbd.rates import Rate, rate
 from cbd.training import predict
 
+T = TypeVar("T")
 Labels = NDArray[np.int64]
 Control = tuple[Network, NDArray[np.bool_]]
 """A harmless model and, bool [N], which of the trusted images it was not trained on."""
@@ -103,16 +104,17 @@ def run_battery(
     drawn = _draw(len(labels), MANY_IMAGES, seed=seed)
     images, labels, controls = images[drawn], labels[drawn], [(network, unseen[drawn]) for network, unseen in controls]
     before, few = predictions(model, images), _draw(len(labels), FEW_IMAGES, seed=seed)
+
+    def counted(attack: Attack, chosen: NDArray[np.int64]) -> list[tuple[int, int]]:
+        return turned(before[chosen], predictions(model, attack.stamp(images[chosen])), labels[chosen], num_classes=num_classes)
+
     nulls: dict[str, float] = {}
     battery = []
     for trigger in BATTERY:
-        for chosen in (few, np.arange(len(labels))):
-            after = predictions(model, trigger.attack.stamp(images[chosen]))
-            counts = turned(before[chosen], after, labels[chosen], num_classes=num_classes)
-            target = worst_target(counts)
-            below = _plainly_below(counts[target], limit)
-            if below or len(chosen) == len(labels):
-                break
+        counts = counted(trigger.attack, few)
+        if len(few) < len(labels) and not _plainly_below(counts, limit):
+            counts = counted(trigger.attack, np.arange(len(labels)))
+        target, below = worst_target(counts), _plainly_below(counts, limit)
         name = trigger.name if controls else trigger.family
         if not below and name not in nulls:
             if controls:
@@ -129,8 +131,9 @@ def run_battery(
     return battery
 
 
-def _plainly_below(count: tuple[int, int], limit: float) -> bool:
-    high = rate(*count, confidence=NEEDLESS)["high"]
+def _plainly_below(counts: Sequence[tuple[int, int]], limit: float) -> bool:
+    """Whether the worst target's rate is surely under the limit."""
+    high = rate(*counts[worst_target(counts)], confidence=NEEDLESS)["high"]
     return high is not None and high < limit
 
 
@@ -150,8 +153,12 @@ def largest_of_family(model: Network, images: Images, labels: Labels, members: S
     """The largest rate in [0, 1] at which any of `members` turns images to any one class, of those that turned most of a few images."""
     few = _draw(len(labels), SCREEN_IMAGES, seed=seed)
     screened = largest_rates(model, images[few], labels[few], members, num_classes=num_classes)
-    finalists = [members[index] for index in np.argsort(screened)[::-1][:FINALISTS]]
-    return max(largest_rates(model, images, labels, finalists, num_classes=num_classes), default=0.0)
+    return max(largest_rates(model, images, labels, finalists(members, screened), num_classes=num_classes), default=0.0)
+
+
+def finalists(screened: Sequence[T], rates: Sequence[float]) -> list[T]:
+    """The `FINALISTS` with the highest rates, the highest first."""
+    return [screened[index] for index in np.argsort(rates)[::-1][:FINALISTS]]
 
 
 def largest_rates(model: Network, images: Images, labels: Labels, members: Sequence[Attack], *, num_classes: int) -> list[float]:

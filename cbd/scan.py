@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from cbd.evaluate import FINALISTS, SCREEN_IMAGES, Labels, predictions, turned
+from cbd.evaluate import SCREEN_IMAGES, Labels, finalists, predictions, turned
 from cbd.models import Network
 from cbd.training import autocast
 
@@ -106,35 +106,18 @@ def squeeze(network: Network, images: Tensor, labels: Tensor, *, triggers: Trigg
     return kept
 
 
-def transfer(network: Network, images: NDArray[np.uint8], labels: Labels, *, triggers: Triggers, target: int) -> tuple[int, int]:
-    """(k, n): of the n images that are neither of the class nor called so untriggered, the k that its trigger turns to it.
+def transfers(
+    network: Network, images: NDArray[np.uint8], labels: Labels, *, triggers: Triggers, targets: Sequence[int]
+) -> list[tuple[int, int]]:
+    """(k, n) per target: of the n images that are neither of the class nor called so untriggered, the k that its trigger turns to it.
 
     Args:
         network: any network; the triggers may come from another one.
         images: held-out images, uint8 [N, 3, S, S]; stamped pixels are rounded to uint8, as in a real attack.
         labels: int64 [N].
         triggers: one per class.
-        target: the class.
+        targets: the classes whose triggers are tried.
     """
-    return _transfers(network, images, labels, triggers=triggers, targets=[target])[0]
-
-
-def largest_transfer(network: Network, images: NDArray[np.uint8], labels: Labels, *, triggers: Triggers, targets: Sequence[int]) -> float:
-    """The largest share k / n that the trigger of any of `targets` turns, in [0, 1]; 0 of none.
-
-    All are tried on the first `SCREEN_IMAGES` images, the `FINALISTS` that turn most of these on all. Arguments else as for `transfer`; the
-    images are in random order.
-    """
-    few = slice(SCREEN_IMAGES)
-    screened = _shares(_transfers(network, images[few], labels[few], triggers=triggers, targets=targets))
-    finalists = [targets[index] for index in np.argsort(screened)[::-1][:FINALISTS]]
-    return max(_shares(_transfers(network, images, labels, triggers=triggers, targets=finalists)), default=0.0)
-
-
-def _transfers(
-    network: Network, images: NDArray[np.uint8], labels: Labels, *, triggers: Triggers, targets: Sequence[int]
-) -> list[tuple[int, int]]:
-    """`transfer` for each of `targets`."""
     before, device = predictions(network, images), triggers.masks.device
     counts = []
     for target in targets:
@@ -144,8 +127,11 @@ def _transfers(
     return counts
 
 
-def _shares(counts: Sequence[tuple[int, int]]) -> list[float]:
-    return [k / n if n else 0.0 for k, n in counts]
+def strongest(network: Network, images: NDArray[np.uint8], labels: Labels, *, triggers: Triggers, targets: Sequence[int]) -> list[int]:
+    """The `FINALISTS` of `targets` whose triggers turn most of the first `SCREEN_IMAGES` images. Arguments as for `transfers`."""
+    few = slice(SCREEN_IMAGES)
+    counts = transfers(network, images[few], labels[few], triggers=triggers, targets=targets)
+    return finalists(targets, [k / n if n else 0.0 for k, n in counts])
 
 
 class _Search:

@@ -181,16 +181,16 @@ def _transfer(network: Any, triggers: Any, trusted: _Trusted, *, target: int, ju
     """The trigger of `target` on held-out images, on the first of `judges`, with its null: see `cbd.scan.squeeze`."""
     import torch
 
-    from cbd.scan import largest_transfer, squeeze, transfer
+    from cbd.scan import squeeze, strongest, transfers
 
     generator, (candidate, *controls) = torch.Generator().manual_seed(seed), [_network(judge) for judge in judges]
     squeezed = squeeze(network, *trusted.cal(), triggers=triggers, budget=float(triggers.norms[target]), generator=generator)
-    images, labels = trusted.test_images, trusted.test_labels
+    stamped_on = (trusted.test_images, trusted.test_labels)
     others = [label for label in range(len(triggers.masks)) if label != target]
-    compared = [largest_transfer(candidate, images, labels, triggers=squeezed, targets=others)]
-    compared += [largest_transfer(control, images, labels, triggers=squeezed, targets=[target]) for control in controls]
-    k, n = transfer(candidate, images, labels, triggers=squeezed, target=target)
-    return {"target": target, "k": k, "n": n, "null": max(compared)}
+    targets = [target, *strongest(candidate, *stamped_on, triggers=squeezed, targets=others)]
+    (k, n), *compared = transfers(candidate, *stamped_on, triggers=squeezed, targets=targets)
+    compared += [transfers(control, *stamped_on, triggers=squeezed, targets=[target])[0] for control in controls]
+    return {"target": target, "k": k, "n": n, "null": max((k / n for k, n in compared if n), default=0.0)}
 
 
 def _draw(found: list[Any], path: Path) -> None:

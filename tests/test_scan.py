@@ -19,7 +19,7 @@ from cbd.dataset import make_row, to_batches, write_dataset
 from cbd.errors import DataError
 from cbd.gate.unknown import check_unknown
 from cbd.models import make_model, save_bundle
-from cbd.scan import Triggers, invert, largest_transfer, split, squeeze, transfer
+from cbd.scan import Triggers, invert, split, squeeze, strongest, transfers
 from cbd.scan_record import read_scan
 from components.scan import _halves, scan, scan_step
 from tests.delivery_files import png
@@ -151,26 +151,27 @@ def test_at_the_same_norm_the_planted_class_turns_images_and_others_do_not() -> 
     )
     assert (squeezed.masks.sum((1, 2, 3)) <= 0.6).all()
     held_out = images[100:], labels[100:]
-    k, n = transfer(network, *held_out, triggers=squeezed, target=0)
+    (k, n), *others = transfers(network, *held_out, triggers=squeezed, targets=range(5))
     assert n == 80
     assert k > 60
-    assert largest_transfer(network, *held_out, triggers=squeezed, targets=[1, 2, 3, 4]) < 10 / 80
+    assert max(k for k, _ in others) < 10
     assert (images == before).all()
-    assert transfer(Backdoored(0.0), *held_out, triggers=squeezed, target=0)[0] < 10  # type: ignore[arg-type]
+    assert transfers(Backdoored(0.0), *held_out, triggers=squeezed, targets=[0])[0][0] < 10  # type: ignore[arg-type]
 
 
 def test_of_other_classes_those_whose_triggers_turn_most_of_a_few_images_are_measured_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five triggers on 20 of 100 images (one more pass for what the images are called as they are), and the best on all 100."""
     monkeypatch.setattr(inversion, "SCREEN_IMAGES", 20)
-    monkeypatch.setattr(inversion, "FINALISTS", 1)
+    monkeypatch.setattr("cbd.evaluate.FINALISTS", 1)
     network, found = inverted(strength=40.0)
     images, labels = rows_of(100)
-    k, n = transfer(network, images, labels, triggers=found, target=0)
+    ((k, n),) = transfers(network, images, labels, triggers=found, targets=[0])
     tried: list[int] = []
     network.register_forward_pre_hook(lambda _, views: tried.append(len(views[0])))
-    best = largest_transfer(network, images, labels, triggers=found, targets=[0, 1, 2, 3, 4])
-    assert best >= k / n > 0.6 and sum(tried) == (1 + 5) * 20 + (1 + 1) * 100
-    assert largest_transfer(network, images, labels, triggers=found, targets=[]) == 0.0
+    best = strongest(network, images, labels, triggers=found, targets=[0, 1, 2, 3, 4])
+    ((most, of),) = transfers(network, images, labels, triggers=found, targets=best)
+    assert most / of >= k / n > 0.6 and sum(tried) == (1 + 5) * 20 + (1 + 1) * 100
+    assert strongest(network, images, labels, triggers=found, targets=[]) == []
 
 
 def test_of_many_held_out_images_some_of_every_class_are_stamped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
